@@ -1,0 +1,39 @@
+# Everything here needs python3 and make alone; packages come from wherever pip is configured to look.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench train clean
+
+demo: $(STAMP)
+	$(RUN) examples/demo.py
+
+test: $(STAMP)
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(STAMP)
+	$(RUN) benchmarks/cpu_layer.py
+
+# Repeats the training of the small model that ships in models/ (about half an hour on two cores).
+train: $(STAMP)
+	$(RUN) scripts/train_small_model.py --out out/tiny-deepseek-v4
+
+# torch first and alone: the pinned version has a CPU build, which the other packages then find installed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

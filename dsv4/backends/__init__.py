@@ -1,0 +1,54 @@
+"""Backends, and the one function that chooses between them."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from dsv4.backends.base import Backend, InputScales, Packed, Routed, Verdict
+from dsv4.backends.reference import ReferenceBackend
+from dsv4.config import MoEConfig
+from dsv4.errors import BackendError
+
+__all__ = ["BACKENDS", "Backend", "InputScales", "Packed", "Routed", "Verdict", "choose", "explain_all"]
+
+_log = logging.getLogger("dsv4")
+
+BACKENDS: tuple[type[Backend], ...] = (ReferenceBackend,)
+"""In the order in which ``auto`` tries them: fastest first."""
+
+
+def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:
+    """Every backend's word on a configuration, in the order in which ``auto`` tries them."""
+    return {backend.name: backend.explain(config, device) for backend in BACKENDS}
+
+
+def choose(requested: str, config: MoEConfig, device: torch.device) -> type[Backend]:
+    """The backend to use.
+
+    Args:
+        requested: a backend's name, or ``"auto"`` for the first usable one; then the environment variable
+            ``DSV4_BACKEND`` is asked first.
+
+    Raises:
+        BackendError: the name is unknown, or what was asked for cannot run this; says why.
+    """
+    origin = "backend="
+    if requested == "auto":
+        requested = os.environ.get("DSV4_BACKEND", "auto")
+        origin = "DSV4_BACKEND="
+    names = [backend.name for backend in BACKENDS]
+    if requested != "auto" and requested not in names:
+        raise BackendError(f"{origin}{requested}: no such backend, expected auto, {', '.join(names)}")
+    verdicts = explain_all(config, device)
+    for backend in BACKENDS:
+        verdict = verdicts[backend.name]
+        if requested == backend.name and not verdict.usable:
+            raise BackendError(f"{origin}{requested} cannot be used on {device}: {verdict.reason}")
+        if requested in ("auto", backend.name) and verdict.usable:
+            _log.info("backend %s on %s: %s", backend.name, device, verdict.reason)
+            return backend
+    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())
+    raise BackendError(f"no backend can run this layer on {device} ({reasons})")

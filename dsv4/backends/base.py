@@ -1,0 +1,127 @@
+"""What a backend is: the protocol that the layer speaks, and the data that crosses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4.config import MoEConfig
+from dsv4.ops.routing import Routing
+from dsv4.weights import MoEWeights
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A backend's own word on one configuration and device.
+
+    Attributes:
+        usable: whether it can run it.
+        reason: why not, or what it will do.
+    """
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer's weights in a backend's own layout.
+
+    Attributes:
+        experts: uint8 ``[E, bytes]``: all that one expert needs stands in its row, so that one expert can be replaced,
+            copied or sent without touching another.
+        l1_gs: fp32 ``[E, 2]``, global scales of gate and up.
+        l2_gs: fp32 ``[E]``.
+    """
+
+    experts: Tensor
+    l1_gs: Tensor
+    l2_gs: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, scales included."""
+        return sum(t.numel() * t.element_size() for t in (self.experts, self.l1_gs, self.l2_gs))
+
+
+@dataclass(frozen=True)
+class InputScales:
+    """Global scales for activations that were fixed ahead: ``static`` and ``calibrated``.
+
+    Attributes:
+        l1: fp32 ``[E]``, for GEMM 1's operand.
+        l1_merged: fp32 ``[1]``, their maximum: the scale under which a token is quantized once for all its experts.
+        l2: fp32 ``[E]``, for GEMM 2's operand.
+    """
+
+    l1: Tensor
+    l1_merged: Tensor
+    l2: Tensor
+
+    def copy_(self, l1: Tensor, l2: Tensor) -> None:
+        """Take new values in place, so that captured graphs see them."""
+        self.l1.copy_(l1)
+        self.l1_merged.copy_(l1.amax().reshape(1))
+        self.l2.copy_(l2)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One call's input with its routing.
+
+    Attributes:
+        hidden_states: bf16 ``[T, H]``.
+        topk_weights: fp32 ``[T, k]``.
+        routing: where each slot goes.
+        input_scales: for static and calibrated activation scales, else None.
+    """
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    routing: Routing
+    input_scales: InputScales | None
+
+
+class Backend(Protocol):
+    """One way to run the layer. Instances belong to one layer; they hold its configuration and nothing that changes.
+
+    ``run`` keeps the rounding points of the numbers' contract: gate and up fp32 out of GEMM 1; clamp, SiLU, product and
+    a ``before_down`` weight in fp32, rounded once to bf16; slot rows fp32 or bf16; an fp32 combine, rounded once.
+    """
+
+    name: str
+    row_tile: int
+    """Rows of an expert are padded to a multiple of this."""
+
+    def __init__(self, config: MoEConfig, device: torch.device) -> None: ...
+
+    @classmethod
+    def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
+        """Whether this backend can run that configuration there, or why not."""
+
+    def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
+        """Weights to this backend's layout; ``into`` takes them in place, keeping captured graphs valid."""
+
+    def unpack(self, packed: Packed) -> MoEWeights:
+        """The inverse of :meth:`pack`."""
+
+    @classmethod
+    def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
+        """Scratch for ``max_num_tokens``, from the capacity bound."""
+
+    def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
+        """Do everything that may compile or allocate, for these numbers of tokens."""
+
+    def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
+        """Write the combined expert output to ``out [T, H]``, using ``scratch`` (uint8 of :meth:`workspace_bytes`)."""
+
+    def activation_amax(self, packed: Packed, routed: Routed, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest magnitudes that reach each expert's two GEMMs when activations are not quantized.
+
+        Returns:
+            fp32 ``[E]`` for GEMM 1 and for GEMM 2; 0 for an expert without rows. Non-finite rows are left out.
+        """

@@ -1,0 +1,320 @@
+"""The reference backend: the whole pipeline in plain torch, on any device.
+
+On a CPU it is also meant to be used, so its weight layout is made for decoding fast with torch operations alone. The
+codes of four neighbouring outputs stand in one 16-bit *lane*; a table of all 65536 lanes, each with its four fp32
+values, turns decoding into one gather, which writes finished fp32 numbers in order::
+
+    lanes  uint16 [K, N/4]  --gather-->  fp32 [K, N]  --times sf [K/16, 1, N]-->  operand of an fp32 GEMM
+
+Weights are stored K-major for that ([K, N], the transpose of a checkpoint's), so that a block scale multiplies 16 whole
+rows and the innermost loop of every operation runs over N. The weights stay at 4.5 bits; only a slab of K_SLAB rows
+is ever decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dsv4.backends.base import Packed, Routed, Verdict
+from dsv4.config import MoEConfig, capacity
+from dsv4.nvfp4 import (
+    BLOCK,
+    E2M1_VALUES,
+    decode_e2m1,
+    finite_row_amax,
+    global_scale,
+    pack_nibbles,
+    quantize_blocks,
+    unpack_nibbles,
+)
+from dsv4.ops.activation import clamped_swiglu
+from dsv4.ops.combine import combine
+from dsv4.ops.grouped_gemm import K_SLAB, grouped_gemm, row_ranges
+from dsv4.ops.routing import Routing
+from dsv4.weights import MoEWeights
+from dsv4.workspace import BufferPlan
+
+_LANE = 4  # codes in a 16-bit lane
+
+
+class ReferenceBackend:
+    """See the module docstring; the interface is :class:`dsv4.backends.base.Backend`."""
+
+    name = "reference"
+
+    def __init__(self, config: MoEConfig, device: torch.device):
+        self.config = config
+        self.device = device
+        self.row_tile = _row_tile(device)
+        self._plan = _plan(config, device)
+        self._l1 = _ExpertLayout(0, config.hidden_size, 2 * config.intermediate_size)
+        self._l2 = _ExpertLayout(self._l1.nbytes, config.intermediate_size, config.hidden_size)
+
+    @classmethod
+    def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
+        if device.type not in ("cpu", "cuda"):
+            return Verdict(False, f"plain torch was checked on cpu and cuda, not on {device.type}")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return Verdict(False, "torch sees no CUDA device")
+        speed = "reads expert counts, skips idle experts" if device.type == "cpu" else "correct, not fast"
+        return Verdict(True, f"plain torch, fp32 GEMMs over decoded slabs ({speed})")
+
+    @classmethod
+    def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
+        return _plan(config, device).nbytes
+
+    def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
+        if into is None:
+            nbytes = self._l1.nbytes + self._l2.nbytes
+            into = Packed(
+                experts=torch.empty(self.config.num_experts, nbytes, dtype=torch.uint8, device=self.device),
+                l1_gs=torch.empty(self.config.num_experts, 2, device=self.device),
+                l2_gs=torch.empty(self.config.num_experts, device=self.device),
+            )
+        for e in range(self.config.num_experts):  # one at a time: the peak is one expert above the result
+            for layout, fp4, sf in (
+                (self._l1, weights.l1_fp4[e], weights.l1_sf[e]),
+                (self._l2, weights.l2_fp4[e], weights.l2_sf[e]),
+            ):
+                lanes, scales = layout.views(into.experts)
+                codes = unpack_nibbles(fp4.to(self.device)).t().contiguous()
+                lanes[e].copy_(pack_nibbles(codes).view(torch.uint16))
+                scales[e].copy_(sf.to(self.device).view(torch.uint8).t())
+        into.l1_gs.copy_(weights.l1_gs)
+        into.l2_gs.copy_(weights.l2_gs)
+        return into
+
+    def unpack(self, packed: Packed) -> MoEWeights:
+        def restore(layout: _ExpertLayout) -> tuple[Tensor, Tensor]:
+            lanes, scales = layout.views(packed.experts)
+            codes = unpack_nibbles(lanes.contiguous().view(torch.uint8))
+            fp4 = pack_nibbles(codes.transpose(1, 2).contiguous())
+            return fp4, scales.transpose(1, 2).contiguous().view(torch.float8_e4m3fn)
+
+        return MoEWeights(*restore(self._l1), packed.l1_gs.clone(), *restore(self._l2), packed.l2_gs.clone())
+
+    def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
+        _lane_table(self.device)
+        _scale_table(self.device)
+
+    def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
+        cfg = self.config
+        buffers = self._views(scratch, routed.routing)
+        weights = routed.topk_weights
+
+        hidden = routed.hidden_states
+        if cfg.route_weight == "input":
+            hidden = (hidden.float() * weights).to(torch.bfloat16)
+        rows = self._gemm1_rows(hidden, routed) if cfg.quantizes_activations else _gather(hidden, routed.routing)
+        activated = self._gemm1(packed, routed, rows, buffers)
+        operand = self._gemm2_operand(activated, routed) if cfg.quantizes_activations else _Operand(activated.float())
+        slot_rows = self._gemm2(packed, routed.routing, operand, buffers)
+        combine(slot_rows, routed.routing.slot_row, weights if cfg.route_weight == "output" else None, out)
+
+    def activation_amax(self, packed: Packed, routed: Routed, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        buffers = self._views(scratch, routed.routing)
+        hidden = routed.hidden_states
+        if self.config.route_weight == "input":
+            hidden = (hidden.float() * routed.topk_weights).to(torch.bfloat16)
+        rows = _gather(hidden, routed.routing)
+        activated = self._gemm1(packed, routed, rows, buffers)
+        return _expert_amax(rows.values, routed.routing), _expert_amax(activated, routed.routing)
+
+    # Stages, in the order of the pipeline.
+
+    def _gemm1_rows(self, hidden: Tensor, routed: Routed) -> _Operand:
+        """Quantize GEMM 1's operand, each token once where its scale does not depend on the expert, and gather rows."""
+        cfg, routing, scales = self.config, routed.routing, routed.input_scales
+        if scales is not None and cfg.l1_scale_policy == "per_expert":
+            rows = _gather(hidden, routing).values
+            return _quantized(rows, _of_row(scales.l1, routing))
+        if scales is not None:
+            gs = scales.l1_merged
+        elif cfg.activation_scale == "token":
+            gs = global_scale(finite_row_amax(hidden))
+        else:
+            served = (routing.slot_row >= 0).any(dim=1)
+            gs = _tensor_scale(hidden, served)
+        return _gather_operand(_quantized(hidden, gs), routing)
+
+    def _gemm1(self, packed: Packed, routed: Routed, rows: _Operand, buffers: dict[str, Tensor]) -> Tensor:
+        """GEMM 1, global scales, clamped SwiGLU: bf16 ``[R, I]``."""
+        cfg, routing = self.config, routed.routing
+        matrices = _LaneMatrices(packed.experts, self._l1, buffers)
+        product = grouped_gemm(
+            rows.values, matrices, row_ranges(routing), buffers["gate_up"], row_by_row=cfg.batch_invariant
+        )
+        if rows.gs is not None:
+            product *= rows.gs
+        gate, up = product.chunk(2, dim=1)
+        gate *= _of_row(packed.l1_gs[:, 0], routing)
+        up *= _of_row(packed.l1_gs[:, 1], routing)
+        weight = None
+        if cfg.route_weight == "before_down":
+            weight = routed.topk_weights.reshape(-1)[routing.row_slot.clamp(min=0)].unsqueeze(1)
+        return clamped_swiglu(gate, up, cfg.swiglu_limit, weight)
+
+    def _gemm2_operand(self, activated: Tensor, routed: Routed) -> _Operand:
+        routing, scales = routed.routing, routed.input_scales
+        if scales is not None:
+            return _quantized(activated, _of_row(scales.l2, routing))
+        if self.config.activation_scale == "token":
+            return _quantized(activated, global_scale(finite_row_amax(activated)))
+        return _quantized(activated, _tensor_scale(activated, routing.row_slot >= 0))
+
+    def _gemm2(self, packed: Packed, routing: Routing, operand: _Operand, buffers: dict[str, Tensor]) -> Tensor:
+        matrices = _LaneMatrices(packed.experts, self._l2, buffers)
+        product = grouped_gemm(
+            operand.values, matrices, row_ranges(routing), buffers["down"], row_by_row=self.config.batch_invariant
+        )
+        if operand.gs is not None:
+            product *= operand.gs
+        return product.mul_(_of_row(packed.l2_gs, routing))
+
+    def _views(self, scratch: Tensor, routing: Routing) -> dict[str, Tensor]:
+        views = self._plan.views(scratch)
+        for name in ("gate_up", "down"):
+            views[name] = views[name][: routing.num_rows]
+        return views
+
+
+def _row_tile(device: torch.device) -> int:
+    """Rows by tile: exact counts on a CPU, device tiles of a size that keeps launches few on a GPU."""
+    return 1 if device.type == "cpu" else 128
+
+
+def _plan(config: MoEConfig, device: torch.device) -> BufferPlan:
+    rows = capacity(config.max_slots, config.num_experts, _row_tile(device))
+    h, i = config.hidden_size, config.intermediate_size
+    slab = max(min(h, K_SLAB) * 2 * i, min(i, K_SLAB) * h)
+    return BufferPlan(
+        {
+            "gate_up": ((rows, 2 * i), torch.float32),
+            "down": ((rows, h), torch.float32),
+            "index": ((slab // _LANE,), torch.int64),
+            "slab": ((slab,), torch.float32),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _ExpertLayout:
+    """Where one projection stands in an expert's bytes: lanes ``[K, N/4]`` uint16, then scales ``[K/16, N]`` e4m3."""
+
+    offset: int
+    in_features: int
+    out_features: int
+
+    @property
+    def _lane_bytes(self) -> int:
+        return self.in_features * self.out_features // 2
+
+    @property
+    def nbytes(self) -> int:
+        return self._lane_bytes + self.in_features // BLOCK * self.out_features
+
+    def views(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """``(lanes uint16 [E, K, N/4], scales uint8 [E, K/16, N])`` of the packed bytes."""
+        k, n = self.in_features, self.out_features
+        middle, end = self.offset + self._lane_bytes, self.offset + self.nbytes
+        lanes = experts[:, self.offset : middle].view(torch.uint16).unflatten(1, (k, n // _LANE))
+        return lanes, experts[:, middle:end].unflatten(1, (k // BLOCK, n))
+
+
+class _LaneMatrices:
+    """:class:`dsv4.ops.grouped_gemm.ExpertMatrices` over packed lanes."""
+
+    def __init__(self, experts: Tensor, layout: _ExpertLayout, buffers: dict[str, Tensor]):
+        self.in_features = layout.in_features
+        self.out_features = layout.out_features
+        self._lanes, self._scales = layout.views(experts)
+        self._index, self._slab = buffers["index"], buffers["slab"]
+        self._lane_table = _lane_table(experts.device)
+        self._scale_table = _scale_table(experts.device)
+
+    def decode(self, expert: int | Tensor, k0: int, k1: int) -> Tensor:
+        k, n = k1 - k0, self.out_features
+        lanes, scales = self._lanes[:, k0:k1], self._scales[:, k0 // BLOCK : k1 // BLOCK]
+        if isinstance(expert, int):
+            lanes, scales = lanes[expert], scales[expert]
+        else:  # uint16 has no index_select: select bytes
+            lanes = lanes.view(torch.uint8).index_select(0, expert)[0].view(torch.uint16)
+            scales = scales.index_select(0, expert)[0]
+        index = self._index[: k * n // _LANE].view(k, n // _LANE).copy_(lanes)
+        slab = self._slab[: k * n]
+        # One table row for each row of the index: gather is parallel over rows.
+        torch.gather(self._lane_table.expand(k, -1), 1, index, out=slab.view(torch.complex128).view(k, n // _LANE))
+        sf = torch.gather(self._scale_table.expand(k // BLOCK, -1), 1, scales.long())
+        slab.view(k // BLOCK, BLOCK, n).mul_(sf.unsqueeze(1))
+        return slab.view(k, n)
+
+
+@cache
+def _lane_table(device: torch.device) -> Tensor:
+    """``[1, 65536]``: the four fp32 values of every 16-bit lane, as one 16-byte element (complex128)."""
+    lanes = torch.arange(1 << 16, dtype=torch.int32).unsqueeze(1)
+    codes = (lanes >> torch.tensor([0, 4, 8, 12], dtype=torch.int32)) & 0xF
+    values = torch.tensor(E2M1_VALUES)[codes].contiguous()
+    return values.view(torch.complex128).view(1, -1).to(device)
+
+
+@cache
+def _scale_table(device: torch.device) -> Tensor:
+    """``[1, 256]`` fp32: every e4m3 value by its byte. A gather is far faster on a CPU than torch's own cast."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(1, -1).to(device)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A GEMM's left side.
+
+    Attributes:
+        values: fp32 ``[n, K]``: ``e2m1 * sf``, exact, or plain activations.
+        gs: fp32 ``[n, 1]`` or ``[1]``, what the product is still to be multiplied with; None for plain activations.
+    """
+
+    values: Tensor
+    gs: Tensor | None = None
+
+
+def _quantized(x: Tensor, gs: Tensor) -> _Operand:
+    """Quantize ``x [n, K]`` under one scale ``[1]`` or one a row (``[n]`` or ``[n, 1]``) and stage it for the GEMM."""
+    gs = gs.reshape(-1, 1)
+    codes, sf = quantize_blocks(x, gs)
+    values = decode_e2m1(unpack_nibbles(codes)).unflatten(1, (-1, BLOCK)) * sf.float().unsqueeze(2)
+    return _Operand(values.flatten(1), gs)
+
+
+def _tensor_scale(x: Tensor, valid: Tensor) -> Tensor:
+    """One scale, ``[1]``, from the rows of ``x [n, K]`` where ``valid [n]``; non-finite rows are left out."""
+    if not x.shape[0]:
+        return x.new_ones(1, dtype=torch.float32)
+    return global_scale(torch.where(valid, finite_row_amax(x), 0.0).amax().reshape(1))
+
+
+def _gather(x: Tensor, routing: Routing) -> _Operand:
+    """Rows of GEMM 1 from tokens ``x [T, H]``, as fp32."""
+    return _Operand(x[routing.row_token()].float())
+
+
+def _gather_operand(x: _Operand, routing: Routing) -> _Operand:
+    token = routing.row_token()
+    gs = x.gs[token] if x.gs is not None and x.gs.shape[0] > 1 else x.gs
+    return _Operand(x.values[token], gs)
+
+
+def _of_row(per_expert: Tensor, routing: Routing) -> Tensor:
+    """``[E]`` -> ``[R, 1]``; rows beyond the last tile get expert 0's."""
+    return per_expert[routing.row_expert().clamp(min=0)].unsqueeze(1)
+
+
+def _expert_amax(rows: Tensor, routing: Routing) -> Tensor:
+    """``rows [R, K]`` -> fp32 ``[E]``: each expert's largest magnitude, padding and non-finite rows left out."""
+    amax = torch.where(routing.row_slot >= 0, finite_row_amax(rows), 0.0)
+    result = torch.zeros(routing.num_experts, device=rows.device)
+    return result.scatter_reduce_(0, routing.row_expert().clamp(min=0).long(), amax, "amax")

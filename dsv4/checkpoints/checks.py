@@ -1,0 +1,59 @@
+"""Checks that formats share. Each names the file and the tensor, what was found and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from dsv4 import weights
+from dsv4.checkpoints.index import ExpertLocation
+from dsv4.checkpoints.source import TensorInfo, TensorSource
+from dsv4.errors import CheckpointError, InputError
+
+
+def require(source: TensorSource, location: ExpertLocation, projection: str, suffix: str) -> TensorInfo:
+    """The header entry of a tensor that must be there."""
+    name = location.tensors.get((projection, suffix))
+    if name is None:
+        present = sorted({source[other].file.name for other in location.tensors.values()})
+        raise CheckpointError(
+            f"{', '.join(present)}: {location}: tensor {location.expected_name(projection, suffix)!r} is missing; "
+            f"found {sorted(location.tensors.values())}"
+        )
+    return source[name]
+
+
+def check_dtype(info: TensorInfo, expected: str) -> None:
+    """``expected`` is safetensors' name of the dtype."""
+    if info.dtype != expected:
+        raise CheckpointError(f"{info}: expected dtype {expected}, found {info.dtype}")
+
+
+def check_shape(info: TensorInfo, expected: tuple[int, ...], because: str) -> None:
+    """``because`` says what the expectation follows from."""
+    if info.shape != expected:
+        raise CheckpointError(f"{info}: expected shape {list(expected)} ({because}), found {list(info.shape)}")
+
+
+def check_block_scales(info: TensorInfo, sf: Tensor) -> None:
+    """Refuse NaN and negative e4m3 block scales; zero is legal and makes its block zero."""
+    try:
+        weights.check_block_scales(str(info), sf)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def scalar(source: TensorSource, info: TensorInfo) -> float:
+    """A single fp32 number, stored as ``[]`` or ``[1]``."""
+    check_dtype(info, "F32")
+    if info.shape not in ((), (1,)):
+        raise CheckpointError(f"{info}: expected one number (shape [] or [1]), found shape {list(info.shape)}")
+    return float(source.read(info.name).reshape(()))
+
+
+def scale_problem(info: TensorInfo, value: float) -> str:
+    """Why ``value`` cannot be a scale, ``""`` if it can: a scale is positive and finite."""
+    if math.isfinite(value) and value > 0:
+        return ""
+    return f"{info}: found {value}; a scale must be positive and finite"

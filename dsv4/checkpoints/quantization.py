@@ -1,0 +1,98 @@
+"""What ``config.json`` and ``hf_quant_config.json`` say about how the experts are quantized.
+
+Releases state it in several places: DeepSeek-V4 in NVFP4 keeps ``quant_method: "fp8"`` for the rest of the model and
+adds ``moe_quant_algo: "NVFP4"``; ModelOpt's exports have ``quant_algo``, with ``"MIXED_PRECISION"`` and
+``quantized_layers`` where modules differ. The tensors themselves are the authority on the format; what is taken from
+here is the group size, which must be NVFP4's 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4.checkpoints.files import read_json
+from dsv4.errors import CheckpointError
+from dsv4.nvfp4 import BLOCK
+
+HF_QUANT_CONFIG = "hf_quant_config.json"
+_NVFP4 = "NVFP4"
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """How a checkpoint says it is quantized.
+
+    Attributes:
+        method: ``quant_method`` (``"fp8"``, ``"modelopt"``, ...), "" where not stated.
+        expert_algorithm: the algorithm of the routed experts (``"NVFP4"``, ...), "" where not stated.
+        group_size: values that share a block scale, None where not stated.
+    """
+
+    method: str = ""
+    expert_algorithm: str = ""
+    group_size: int | None = None
+
+
+def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationInfo:
+    """Read what is stated; everything is optional.
+
+    Args:
+        folder: the checkpoint's folder, for ``hf_quant_config.json``.
+        config: ``config.json``.
+
+    Raises:
+        CheckpointError: NVFP4 experts with a group size other than 16, or entries of the wrong type.
+    """
+    sections = [
+        (folder / "config.json", config.get("quantization_config")),
+        (folder / HF_QUANT_CONFIG, read_json(folder / HF_QUANT_CONFIG).get("quantization")),
+    ]
+    method = algorithm = ""
+    group_size: int | None = None
+    for file, section in sections:
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{file}: the quantization entry must be an object, found {section!r:.80}")
+        method = method or str(section.get("quant_method") or "")
+        algorithm = algorithm or _expert_algorithm(section)
+        for where, size in _nvfp4_group_sizes(section):
+            if size != BLOCK:
+                raise CheckpointError(
+                    f"{file}: {where} is {size!r}; NVFP4 has {BLOCK} values to a block scale, and nothing else is "
+                    f"supported"
+                )
+            group_size = BLOCK
+    return QuantizationInfo(method, algorithm, group_size)
+
+
+def _expert_algorithm(section: Mapping[str, Any]) -> str:
+    if section.get("moe_quant_algo"):
+        return str(section["moe_quant_algo"])
+    for module, entry in _entries(section, "quantized_layers"):
+        if module.endswith("experts") or ".experts." in module:
+            return str(entry.get("quant_algo") or "")
+    return str(section.get("quant_algo") or "")
+
+
+def _nvfp4_group_sizes(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of the group sizes that are NVFP4's; FP8's and INT4's are none of our business."""
+    if _NVFP4 in (section.get("moe_quant_algo"), section.get("quant_algo")) and section.get("group_size") is not None:
+        yield "group_size", section["group_size"]
+    for module, entry in _entries(section, "quantized_layers"):
+        if entry.get("quant_algo") == _NVFP4 and entry.get("group_size") is not None:
+            yield f"quantized_layers[{module!r}].group_size", entry["group_size"]
+    if section.get("quant_algo") == _NVFP4:
+        for group, entry in _entries(section, "config_groups"):
+            weights = entry.get("weights")
+            if isinstance(weights, dict) and weights.get("group_size") is not None:
+                yield f"config_groups[{group!r}].weights.group_size", weights["group_size"]
+
+
+def _entries(section: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    entries = section.get(key)
+    if isinstance(entries, dict):
+        yield from ((str(name), entry) for name, entry in entries.items() if isinstance(entry, dict))

@@ -1,0 +1,270 @@
+"""The layer's numbers, on every backend and device, against the float64 oracle and against Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layer_cases import BAR, MODES, build, inputs, on, poisoned
+from oracle import dequantize, moe_layer, random_weights, relative_l2
+
+SHAPES = {
+    # name: (E, H, I, k, T)
+    "no-tokens": (4, 64, 32, 2, 0),
+    "one-token": (4, 64, 32, 2, 1),
+    "below-a-tile": (8, 48, 80, 3, 127),
+    "above-a-tile": (8, 112, 16, 6, 129),
+    "one-expert": (1, 32, 48, 1, 7),
+    "smallest": (2, 16, 16, 1, 3),
+    "more-choices-than-experts": (2, 32, 32, 6, 5),
+    "two-slabs": (2, 528, 48, 2, 9),
+}
+L1_SCALE, L2_SCALE = 0.002, 0.01
+
+
+def compare(target, weights, settings: dict[str, Any], case, *, scales=(L1_SCALE, L2_SCALE), **oracle_settings):
+    """Run the layer with a poisoned ``out=`` and compare with the oracle; returns the layer's output."""
+    x, w, ids = case
+    _, device = target
+    moe = build(
+        target, weights, top_k=ids.shape[1], l1_input_scale=scales[0], l2_input_scale=scales[1], **settings
+    )
+    out = poisoned(*x.shape, device)
+    moe.run(*on(device, x, w, ids), out=out)
+    forwarded = {k: v for k, v in settings.items() if k not in ("experts_start_idx", "batch_invariant")}
+    forwarded.setdefault("activation_scale", "static")
+    want = moe_layer(
+        x,
+        w,
+        ids,
+        weights,
+        l1_input_scale=scales[0],
+        l2_input_scale=scales[1],
+        start=settings.get("experts_start_idx", 0),
+        **forwarded,
+        **oracle_settings,
+    )
+    got = out.cpu()
+    assert got.isfinite().all()
+    assert relative_l2(got, want) <= BAR
+    # Row by row as well, a little wider: one row has few elements, and its last rounding (bf16, 2^-9) is all its own.
+    for t in range(x.shape[0]):
+        if np.any(want[t]):
+            assert relative_l2(got[t], want[t]) <= 4 * BAR, f"row {t}"
+        else:
+            assert not got[t].any(), f"row {t}"
+    return got
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_oracle(target, mode, shape):
+    """Odd shapes, none, one and many tokens: within the bar in every mode, every element written."""
+    e, h, i, k, t = SHAPES[shape]
+    compare(target, random_weights(e, h, i, seed=1), MODES[mode] | {"swiglu_limit": 2.0}, inputs(t, h, k, e))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gate_and_up_scales_are_kept_apart(target, mode):
+    """``l1_gs [E, 2]``: different global scales of gate and up are both honoured."""
+    weights = random_weights(4, 64, 32, seed=2, split_gate_up=True)
+    assert (weights.l1_gs[:, 0] != weights.l1_gs[:, 1]).all()
+    compare(target, weights, MODES[mode], inputs(17, 64, 2, 4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limit", [None, 0.05, 10.0])
+def test_clamp(target, mode, limit):
+    """The limit clamps gate from above and up on both sides, before SiLU."""
+    compare(target, random_weights(4, 64, 32, seed=3), MODES[mode] | {"swiglu_limit": limit}, inputs(17, 64, 2, 4))
+
+
+def test_the_clamp_changes_something(target):
+    """The limits above are not all idle: a small limit gives another result than none."""
+    weights, case = random_weights(4, 64, 32, seed=3), inputs(17, 64, 2, 4)
+    settings = MODES["w4a16"]
+    free = compare(target, weights, settings | {"swiglu_limit": None}, case)
+    clamped = compare(target, weights, settings | {"swiglu_limit": 0.05}, case)
+    assert relative_l2(clamped, free.double()) > 0.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("place", "top_k"), [("output", 3), ("before_down", 3), ("input", 1)])
+def test_routing_weight_places(target, mode, place, top_k):
+    """The weight acts at the combine, before GEMM 2, or on the hidden state (rounded once to bf16)."""
+    settings = MODES[mode] | {"route_weight": place, "swiglu_limit": 1.0}
+    compare(target, random_weights(4, 64, 32, seed=4), settings, inputs(17, 64, top_k, 4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_expert_parallel_rank(target, mode, dtype):
+    """A rank's experts are a range of the global ids; all other ids, negative ones too, contribute nothing."""
+    x, w, ids = inputs(33, 64, 3, 16, dtype=dtype)
+    ids[5] = -1
+    ids[6, 0] = 99
+    compare(target, random_weights(4, 64, 32, seed=5), MODES[mode] | {"experts_start_idx": 6}, (x, w, ids))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_without_tokens_gives_zeros(target, mode):
+    """No slot is local: the output is exactly zero, even under infinite weights and with NaN activations."""
+    x, w, ids = inputs(9, 64, 2, 4)
+    w[0], x[1] = torch.inf, torch.nan
+    _, device = target
+    moe = build(
+        target,
+        random_weights(4, 64, 32, seed=5),
+        top_k=2,
+        l1_input_scale=L1_SCALE,
+        l2_input_scale=L2_SCALE,
+        experts_start_idx=100,
+        **MODES[mode],
+    )
+    out = poisoned(9, 64, device)
+    moe.run(*on(device, x, w, ids), out=out)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_expert_map(target, mode):
+    """A map places global experts anywhere, in any order."""
+    x, w, ids = inputs(33, 64, 3, 8)
+    expert_map = torch.tensor([-1, 3, -1, 0, 2, -1, 1, -1], dtype=torch.int32)
+    weights = random_weights(4, 64, 32, seed=6)
+    compare(target, weights, MODES[mode] | {"expert_map": expert_map}, (x, w, ids))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["all-on-one", "repeated-in-a-row", "half-dropped"])
+def test_skew(target, mode, kind):
+    """Skewed routing takes the same path and gives the same accuracy."""
+    x, w, ids = inputs(65, 64, 3, 8)
+    if kind == "all-on-one":
+        ids[:] = 5
+    elif kind == "repeated-in-a-row":
+        ids[:, 1] = ids[:, 0]
+    else:
+        ids[::2] = -1
+    compare(target, random_weights(8, 64, 32, seed=7), MODES[mode], (x, w, ids))
+
+
+@pytest.mark.parametrize("policy", ["max", "per_expert"])
+def test_static_scales_by_expert(target, policy):
+    """GEMM 2 honours one input scale per expert; GEMM 1 merges them by max, or keeps them by choice."""
+    l1 = torch.tensor([0.001, 0.004, 0.002, 0.008])
+    l2 = torch.tensor([0.02, 0.005, 0.01, 0.04])
+    compare(
+        target,
+        random_weights(4, 64, 32, seed=8),
+        MODES["w4a4-static"] | {"l1_scale_policy": policy},
+        inputs(33, 64, 2, 4),
+        scales=(l1, l2),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_rows(target, mode):
+    """Rows from num_valid_tokens on are exactly zero and change nothing, whatever stands in them."""
+    x, w, ids = inputs(21, 64, 2, 4)
+    weights, valid = random_weights(4, 64, 32, seed=9), 13
+    _, device = target
+    scales = {"l1_input_scale": L1_SCALE, "l2_input_scale": L2_SCALE}
+    moe = build(target, weights, top_k=2, **scales, **MODES[mode])
+    x[valid:] = torch.nan
+    w[valid:] = torch.inf
+    out = poisoned(21, 64, device)
+    count = torch.tensor([valid], dtype=torch.int32, device=device)
+    moe.run(*on(device, x, w, ids), out=out, num_valid_tokens=count)
+    assert (out[valid:] == 0).all()
+    want = moe_layer(
+        x[:valid], w[:valid], ids[:valid], weights, **({"activation_scale": "static"} | MODES[mode]), **scales
+    )
+    assert relative_l2(out[:valid].cpu(), want) <= BAR
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_row_stays_alone(target, mode, bad):
+    """A NaN or Inf activation spoils its own row only: the other rows equal a run without it.
+
+    W4A4 makes the whole row NaN; W4A16 follows IEEE arithmetic, so the row is not all finite.
+    """
+    x, w, ids = inputs(19, 64, 2, 4)
+    _, device = target
+    moe = build(
+        target,
+        random_weights(4, 64, 32, seed=10),
+        top_k=2,
+        l1_input_scale=L1_SCALE,
+        l2_input_scale=L2_SCALE,
+        **MODES[mode],
+    )
+    clean = x.clone()
+    clean[7] = 0  # like the bad row, a zero row does not count towards a tensor's amax
+    want = moe.run(*on(device, clean, w, ids))
+    x[7, 5] = bad
+    got = moe.run(*on(device, x, w, ids))
+    others = torch.arange(19) != 7
+    assert torch.equal(got[others], want[others])
+    if mode == "w4a16":
+        assert not got[7].isfinite().all()
+    else:
+        assert got[7].isnan().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_sum_to_the_whole(target, mode):
+    """fp32 outputs of two expert-parallel ranks add up to the whole layer's.
+
+    (With tensor scales each rank sees the amax of its own slots, so there the sum is only near.)
+    """
+    x, w, ids = inputs(40, 64, 3, 8)
+    weights = random_weights(8, 64, 32, seed=11)
+    _, device = target
+    scales = {"l1_input_scale": L1_SCALE, "l2_input_scale": L2_SCALE}
+    args = on(device, x, w, ids)
+    whole = build(target, weights, top_k=3, **scales, **MODES[mode]).run(*args, out_dtype=torch.float32)
+    total = torch.zeros_like(whole)
+    for start in (0, 4):
+        part = type(weights)(**{n: v[start : start + 4] for n, v in vars(weights).items()})
+        rank = build(target, part, top_k=3, experts_start_idx=start, **scales, **MODES[mode])
+        total += rank.run(*args, out_dtype=torch.float32)
+    # fp32 additions in another order: k terms of at most eps/2 relative to the largest partial sum.
+    bound = 0.2 if mode == "w4a4-tensor" else 1e-6
+    assert relative_l2(total.cpu(), whole.cpu().double()) < bound
+
+
+def test_w4a16_against_transformers(target):
+    """W4A16 equals Transformers' own DeepseekV4Experts run in float64 on the dequantized weights."""
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    from transformers import DeepseekV4Config
+
+    e, h, i, k = 8, 96, 48, 3
+    weights = random_weights(e, h, i, seed=12, split_gate_up=True)
+    config = DeepseekV4Config(
+        hidden_size=h,
+        moe_intermediate_size=i,
+        n_routed_experts=e,
+        num_experts_per_tok=k,
+        swiglu_limit=2.0,
+        num_hidden_layers=1,
+    )
+    config._experts_implementation = "eager"
+    experts = modeling.DeepseekV4Experts(config).double()
+    gate, up = (
+        dequantize(weights.l1_fp4[:, half], weights.l1_sf[:, half], weights.l1_gs[:, j][:, None, None])
+        for j, half in enumerate((slice(0, i), slice(i, 2 * i)))
+    )
+    down = dequantize(weights.l2_fp4, weights.l2_sf, weights.l2_gs[:, None, None])
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(torch.from_numpy(np.concatenate([gate, up], axis=1)))
+        experts.down_proj.copy_(torch.from_numpy(down))
+        x, w, ids = inputs(50, h, k, e)
+        want = experts(x.double(), ids, w.double())
+    _, device = target
+    moe = build(target, weights, top_k=k, swiglu_limit=2.0, activation_format="bf16")
+    got = moe.run(*on(device, x, w, ids))
+    assert relative_l2(got.cpu(), want.numpy()) <= BAR
