@@ -16,12 +16,12 @@ from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Wo
 from dsv4.backends import BACKENDS, choose
 from dsv4.config import MoEConfig
 
-E, H, I, K = 4, 64, 32, 2
+E, H, INTER, K = 4, 64, 32, 2
 SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 
 
 def layer(target, *, seed: int = 1, **settings: Any) -> Nvfp4MoE:
-    return build(target, random_weights(E, H, I, seed=seed), top_k=K, **SCALES, **settings)
+    return build(target, random_weights(E, H, INTER, seed=seed), top_k=K, **SCALES, **settings)
 
 
 def batch(target, tokens: int = 9, seed: int = 0):
@@ -95,7 +95,7 @@ def test_growing_a_workspace_leaves_older_layers_their_scratch(target):
     small = layer(target, workspace=workspace)
     want = small.run(*batch(target))
     before = small._scratch
-    large = build(target, random_weights(E, 2 * H, I, seed=1), top_k=K, max_num_tokens=512, workspace=workspace,
+    large = build(target, random_weights(E, 2 * H, INTER, seed=1), top_k=K, max_num_tokens=512, workspace=workspace,
                   activation_format="bf16")  # fmt: skip
     large.run(*on(target[1], *inputs(9, 2 * H, K, E)))
     assert workspace.nbytes >= large.workspace_nbytes > small.workspace_nbytes
@@ -165,7 +165,7 @@ def test_batch_invariance(target, mode):
 
 def test_unpack_is_the_inverse_of_pack(target):
     """A backend's packing keeps every code and scale."""
-    weights = random_weights(E, H, I, seed=1, split_gate_up=True)
+    weights = random_weights(E, H, INTER, seed=1, split_gate_up=True)
     moe = build(target, weights, top_k=K, **SCALES)
     assert moe._packed is not None
     unpacked = moe._backend.unpack(moe._packed)
@@ -179,7 +179,7 @@ def test_unpack_is_the_inverse_of_pack(target):
 
 def test_an_experts_bytes_are_its_own(target):
     """One expert's weights live in its own row of the packed bytes: changing it changes no other row."""
-    first, second = random_weights(E, H, I, seed=1), random_weights(E, H, I, seed=2)
+    first, second = random_weights(E, H, INTER, seed=1), random_weights(E, H, INTER, seed=2)
     for name in ("l1_fp4", "l1_sf", "l2_fp4", "l2_sf"):
         getattr(second, name)[[0, 1, 3]] = getattr(first, name)[[0, 1, 3]]
     a, b = (build(target, w, top_k=K, **SCALES)._packed for w in (first, second))
@@ -197,7 +197,7 @@ def test_preparing_again_packs_in_place(target):
     moe.run(*args)
     address = moe._packed.experts.data_ptr()  # type: ignore[union-attr]
     scale = moe._static_scales.l2.data_ptr()  # type: ignore[union-attr]
-    moe.prepare_weights_from_stacked(*weights_on(random_weights(E, H, I, seed=2), target[1]), **SCALES)
+    moe.prepare_weights_from_stacked(*weights_on(random_weights(E, H, INTER, seed=2), target[1]), **SCALES)
     assert moe._packed.experts.data_ptr() == address  # type: ignore[union-attr]
     assert moe._static_scales.l2.data_ptr() == scale  # type: ignore[union-attr]
     assert torch.equal(moe.run(*args), layer(target, seed=2).run(*args))
@@ -205,9 +205,9 @@ def test_preparing_again_packs_in_place(target):
 
 def test_prepare_weights_direct(target):
     """The older list interface, input features first, gives the same layer."""
-    weights = random_weights(E, H, I, seed=1)
+    weights = random_weights(E, H, INTER, seed=1)
     l1_fp4, l1_sf, l1_gs, l2_fp4, l2_sf, l2_gs = weights_on(weights, target[1])
-    moe = Nvfp4MoE(E, H, I, 64, K, target[1], backend=target[0], activation_scale="token")
+    moe = Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0], activation_scale="token")
     moe.prepare_weights_direct(
         [w.t() for w in l1_fp4], [s.t() for s in l1_sf], list(l1_gs),
         [w.t() for w in l2_fp4], [s.t() for s in l2_sf], [g.item() for g in l2_gs],
@@ -219,9 +219,9 @@ def test_prepare_weights_direct(target):
 def test_prepare_weights_from_dequantized(target):
     """Weights quantized here decode to within NVFP4's error of the originals: half a step of 1/6 of a block's amax."""
     generator = torch.Generator().manual_seed(0)
-    l1 = [torch.randn(2 * I, H, generator=generator).bfloat16().to(target[1]) for _ in range(E)]
-    l2 = [torch.randn(H, I, generator=generator).bfloat16().to(target[1]) for _ in range(E)]
-    moe = Nvfp4MoE(E, H, I, 64, K, target[1], backend=target[0], activation_format="bf16")
+    l1 = [torch.randn(2 * INTER, H, generator=generator).bfloat16().to(target[1]) for _ in range(E)]
+    l2 = [torch.randn(H, INTER, generator=generator).bfloat16().to(target[1]) for _ in range(E)]
+    moe = Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0], activation_format="bf16")
     moe.prepare_weights_from_dequantized(l1, l2)
     x, w, ids = batch(target)
     want = torch.zeros(9, H, device=target[1])
@@ -256,7 +256,7 @@ def test_calibrated_equals_static_with_the_same_scales(target):
     moe = layer(target, activation_scale="calibrated")
     args = batch(target, 30)
     l1, l2 = moe.compute_activation_global_scales(*args)
-    static = build(target, random_weights(E, H, I, seed=1), top_k=K, l1_input_scale=l1, l2_input_scale=l2)
+    static = build(target, random_weights(E, H, INTER, seed=1), top_k=K, l1_input_scale=l1, l2_input_scale=l2)
     assert torch.equal(moe.run(*args), static.run(*args))
 
 
@@ -277,14 +277,14 @@ def test_calibration_leaves_bad_rows_out(target):
 @pytest.mark.parametrize("mode", ["static", "calibrated"])
 def test_scales_that_nobody_gave_are_an_error(target, mode):
     """Static without input scales, calibrated without data: run says what is missing and what to do."""
-    moe = build(target, random_weights(E, H, I, seed=1), top_k=K, activation_scale=mode)
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale=mode)
     with pytest.raises(StateError, match="compute_activation_global_scales"):
         moe.run(*batch(target))
 
 
 def test_a_calibration_serves_static_weights_without_scales(target):
     """Weights that came without input scales may be calibrated instead."""
-    moe = build(target, random_weights(E, H, I, seed=1), top_k=K)
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K)
     args = batch(target)
     moe.compute_activation_global_scales(*args)
     assert moe.run(*args).isfinite().all()
@@ -334,7 +334,7 @@ def test_warmup(target):
     with pytest.raises(ConfigError, match="max_num_tokens"):
         moe.warmup((257,))
     with pytest.raises(StateError, match="no weights"):
-        Nvfp4MoE(E, H, I, 64, K, target[1], backend=target[0]).warmup()
+        Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0]).warmup()
 
 
 # Choosing a backend
@@ -342,11 +342,11 @@ def test_warmup(target):
 
 def test_choosing(monkeypatch):
     """backend= wins; DSV4_BACKEND replaces auto; an unknown name lists the known ones."""
-    config, cpu = MoEConfig(E, H, I), torch.device("cpu")
+    config, cpu = MoEConfig(E, H, INTER), torch.device("cpu")
     monkeypatch.delenv("DSV4_BACKEND", raising=False)
     assert choose("auto", config, cpu).name == "reference"
     monkeypatch.setenv("DSV4_BACKEND", "nonsense")
-    with pytest.raises(BackendError, match="DSV4_BACKEND=nonsense.*reference"):
+    with pytest.raises(BackendError, match=r"DSV4_BACKEND=nonsense.*reference"):
         choose("auto", config, cpu)
     assert choose("reference", config, cpu).name == "reference"
     with pytest.raises(BackendError, match="backend=nonsense"):
@@ -355,7 +355,7 @@ def test_choosing(monkeypatch):
 
 def test_every_backend_explains_itself(target):
     """Each backend gives a verdict with words, usable or not, and a refused one is refused with them."""
-    config, nowhere = MoEConfig(E, H, I), torch.device("meta")
+    config, nowhere = MoEConfig(E, H, INTER), torch.device("meta")
     for backend in BACKENDS:
         assert backend.explain(config, target[1]).reason
         verdict = backend.explain(config, nowhere)
@@ -394,7 +394,7 @@ def test_every_backend_explains_itself(target):
 )
 def test_bad_settings(settings, match):
     """A setting out of range is refused at construction, by name."""
-    arguments = {"num_experts": E, "hidden_size": H, "intermediate_size": I, "top_k": K, "device": "cpu"} | settings
+    arguments = {"num_experts": E, "hidden_size": H, "intermediate_size": INTER, "top_k": K, "device": "cpu"} | settings
     with pytest.raises(ConfigError, match=match):
         Nvfp4MoE(**arguments)  # type: ignore[arg-type]
 
@@ -431,10 +431,10 @@ def corrupt(name: str, index: tuple[int, ...], byte: int | float):
 def test_bad_weights(target, change, match):
     """Weights that must not be computed with are refused, by tensor and place, before anything is packed."""
     names = ("l1_fp4_stacked", "l1_sf_stacked", "l1_gs", "l2_fp4_stacked", "l2_sf_stacked", "l2_gs")
-    weights = random_weights(E, H, I, seed=1, split_gate_up=True)
+    weights = random_weights(E, H, INTER, seed=1, split_gate_up=True)
     tensors: dict[str, Any] = dict(zip(names, weights_on(weights, target[1]), strict=True)) | SCALES
     change(tensors)
-    moe = Nvfp4MoE(E, H, I, 64, K, target[1], backend=target[0])
+    moe = Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0])
     with pytest.raises(InputError, match=match):
         moe.prepare_weights_from_stacked(**tensors)
     with pytest.raises(StateError, match="no weights"):
@@ -443,11 +443,11 @@ def test_bad_weights(target, change, match):
 
 def test_zero_block_scales_are_legal(target):
     """A zero block scale, of either sign, is a block of zeros."""
-    weights = random_weights(E, H, I, seed=1)
+    weights = random_weights(E, H, INTER, seed=1)
     tensors = weights_on(weights, target[1])
     tensors[1].view(torch.uint8)[0] = 0
     tensors[1].view(torch.uint8)[1] = 0x80
-    moe = Nvfp4MoE(E, H, I, 64, K, target[1], backend=target[0], activation_scale="token")
+    moe = Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0], activation_scale="token")
     moe.prepare_weights_from_stacked(*tensors)
     x, w, ids = batch(target)
     ids[:, 0], ids[:, 1] = 0, 1

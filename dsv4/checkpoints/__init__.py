@@ -13,6 +13,8 @@
 ``index``        layer -> expert -> tensors
 ``base``         what a format is, and what it gives back
 ``modelopt``     a format: one file each
+``checks``       what formats check alike
+``dense``        floating-point experts, quantized
 ``stacking``     experts into a layer's tensors, and what a missing activation scale means
 ``quantization`` what the configuration files say
 ``checkpoint``   all of it together

@@ -83,6 +83,16 @@ class Checkpoint:
         """The names of all tensors that are not a routed expert's, sorted: attention, shared experts, head, ..."""
         return sorted(name for name in self.source if name not in self._index.names)
 
+    def read_expert(self, layer: int, expert: int, device: str | torch.device = "cpu") -> ExpertWeights:
+        """Read and check one expert: for conversion, or to replace one expert of a layer.
+
+        Its tensors may be views of the file; ``device`` is where a format that has to compute does so.
+
+        Raises:
+            CheckpointError: as :meth:`load_layer`; unusable input scales are marked, not refused.
+        """
+        return self.format.read_expert(self.source, self._index.location(layer, expert), torch.device(device))
+
     def load_layer(
         self,
         layer: int,
@@ -155,11 +165,14 @@ class Checkpoint:
         policy: MissingScalePolicy,
         advance: Callable[[], None],
     ) -> LayerWeights:
-        def read(expert: int) -> ExpertWeights:
-            return self.format.read_expert(self.source, self._index.location(layer, expert), device)
-
         weights = stack_experts(
-            layer, ids, self.shape, read, device=device, on_missing_input_scale=policy, advance=advance
+            layer,
+            ids,
+            self.shape,
+            lambda expert: self.read_expert(layer, expert, device),
+            device=device,
+            on_missing_input_scale=policy,
+            advance=advance,
         )
         for note in weights.notes:
             _log.warning("%s: layer %d: %s", self.path, layer, note)

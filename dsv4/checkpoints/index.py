@@ -109,14 +109,15 @@ class ExpertIndex:
             expected = 1 + max(max(entry.experts) for entry in self._layers.values())
         for layer in self.layers:
             experts = self._layers[layer].experts
+            if len(experts) == expected and max(experts) < expected:
+                continue
             missing = [expert for expert in range(expected) if expert not in experts]
             beyond = sorted(expert for expert in experts if expert >= expected)
-            if missing or beyond:
-                why = "the configuration says" if num_experts is not None else "the largest id of any layer implies"
-                raise CheckpointError(
-                    f"{self._folder}: layer {layer} has {len(experts)} experts where {why} {expected}: "
-                    + (f"missing {shown(missing)}" if missing else f"unexpected {shown(beyond)}")
-                )
+            why = "the configuration says" if num_experts is not None else "the largest id of any layer implies"
+            raise CheckpointError(
+                f"{self._folder}: layer {layer} has {len(experts)} experts where {why} {expected}: "
+                + (f"missing {shown(missing)}" if missing else f"unexpected {shown(beyond)}")
+            )
         return expected
 
     def _entry(self, layer: int) -> _Layer:

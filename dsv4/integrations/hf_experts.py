@@ -29,6 +29,7 @@ ATTRIBUTE = "nvfp4_moe"
 PARAMETERS = ("gate_up_proj", "down_proj")
 """The parameters of an experts module: ``[E, 2I, H]`` and ``[E, H, I]``."""
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -213,6 +214,13 @@ def _describe(name: str, module: nn.Module) -> ExpertsModule:
     ):
         if getattr(module, attribute, expected) != expected:
             raise ConfigError(f"{name}: experts with {attribute}={not expected} are not supported")
+    # Scales or biases beside the weights would be dropped, and FP8 codes taken for values.
+    held = {parameter: tensor.dtype for parameter, tensor in module.named_parameters(recurse=False)}
+    if set(held) != set(PARAMETERS) or not all(dtype in _DTYPES for dtype in held.values()):
+        raise ConfigError(
+            f"{name}: expected the parameters {' and '.join(PARAMETERS)} in a floating-point dtype and no others, "
+            f"found {held}"
+        )
     config = module.config
     limit = getattr(module, "limit", None)
     top_k = getattr(config, "num_experts_per_tok", None)

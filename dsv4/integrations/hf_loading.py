@@ -27,6 +27,8 @@ def load_without_experts(
     Transformers loads from a state dict without the experts, into a subclass of the model whose experts lose their
     parameters while the model is still on the meta device: nothing of their size is ever allocated.
     """
+    if "model_type" not in checkpoint.config:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: expected a model configuration with 'model_type'")
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -73,7 +73,8 @@ def quantize_experts(
 ) -> PreTrainedModel:
     """Turn the routed experts of a model in memory into NVFP4, in place, and free the floating-point ones.
 
-    One layer is quantized at a time, on the device where its experts are.
+    One layer is quantized at a time, on the device where its experts are. After an error in the middle the model is
+    part one, part the other, and of no further use.
 
     Args:
         model: a model whose experts are loaded, in any floating dtype.

@@ -31,7 +31,7 @@ from dsv4.errors import InputError
 from dsv4.nvfp4 import BLOCK, decode_e2m1, unpack_nibbles
 from dsv4.ops.activation import clamped_swiglu
 from dsv4.ops.grouped_gemm import grouped_gemm, row_ranges
-from dsv4.ops.layouts import ROW_TILE, Swizzle32x4x4, ceil_div, gate_groups, up_groups
+from dsv4.ops.layouts import ROW_TILE, Swizzle32x4x4, gate_groups, up_groups
 from dsv4.ops.routing import route
 
 Layout = Literal["half", "interleaved"]
@@ -218,32 +218,36 @@ class _Operands:
             return torch.empty(0, self.columns, device=self._a.device)
         expert = torch.where(self.valid, self._expert, -1).to(torch.int32)
         routing = route(expert.unsqueeze(1), self.experts, 1 if self._a.device.type == "cpu" else ROW_TILE)
-        position = routing.slot_row[:, 0].clamp(min=0)
-        x = torch.zeros(routing.num_rows, 2 * self._a.shape[1], device=self._a.device)
+        # Rows past the last end have no place: they share a spare one behind the others.
+        position = routing.slot_row[:, 0].long()
+        position = torch.where(position >= 0, position, routing.num_rows)
+        x = torch.zeros(routing.num_rows + 1, 2 * self._a.shape[1], device=self._a.device)
         x[position] = self._decoded_rows()
-        product = torch.empty(routing.num_rows, self.columns, device=self._a.device)
+        product = torch.zeros(routing.num_rows + 1, self.columns, device=self._a.device)
         grouped_gemm(x, self._matrices, row_ranges(routing), product)
         return product[position]
 
     def _decoded_rows(self) -> Tensor:
         """``e2m1 * sf`` of A, fp32 ``[rows, K]``; zero past the last end, where no scales need exist."""
         cols = self._a.shape[1] * 2 // BLOCK
-        ends = self._offsets.long()
-        starts = torch.nn.functional.pad(ends, (1, 0))
-        tiles = torch.div(ends - starts[:-1] + ROW_TILE - 1, ROW_TILE, rounding_mode="floor")
+        starts = torch.nn.functional.pad(self._offsets.long(), (1, 0))
+        tiles = torch.div(starts.diff() + ROW_TILE - 1, ROW_TILE, rounding_mode="floor")
         padded_starts = torch.nn.functional.pad(tiles.cumsum(0) * ROW_TILE, (1, 0))
-        padded_cols = Swizzle32x4x4(1, cols).padded_cols
-        # Rounded up, so that a buffer too small for its experts fails here by name on a CPU.
-        buffer_rows = ceil_div(self._scale_a.numel(), padded_cols * ROW_TILE) * ROW_TILE
-        linear = Swizzle32x4x4(buffer_rows, cols).unswizzle(self._scale_a)
-        if self._a.device.type == "cpu" and int(padded_starts[-1]) > buffer_rows:
+        tile_numel = Swizzle32x4x4(ROW_TILE, cols).numel
+        buffer_rows = self._scale_a.numel() // tile_numel * ROW_TILE
+        # On a GPU the number of rows in use is not known here, and a buffer that is too small cannot be told.
+        needed = int(padded_starts[-1]) if self._a.device.type == "cpu" else buffer_rows
+        if self._scale_a.numel() % tile_numel or buffer_rows < needed:
             raise InputError(
-                f"scale_a: expected at least {int(padded_starts[-1])} swizzled rows (each expert's rows rounded up to "
-                f"{ROW_TILE}), found {buffer_rows}"
+                f"scale_a: expected whole swizzled tiles of {tile_numel} scales with at least {needed} rows (each "
+                f"expert's rows rounded up to {ROW_TILE}), found {self._scale_a.numel()} scales"
             )
+        if not buffer_rows:
+            return torch.zeros(self.rows, 2 * self._a.shape[1], device=self._a.device)
+        linear = Swizzle32x4x4(buffer_rows, cols).unswizzle(self._scale_a)
         row = torch.arange(self.rows, device=self._a.device)
         place = torch.where(self.valid, padded_starts[self._expert] + row - starts[self._expert], 0)
-        sf = linear.view(torch.uint8)[place].view(torch.float8_e4m3fn).float() if buffer_rows else row[:0].float()
+        sf = linear.view(torch.uint8)[place].view(torch.float8_e4m3fn).float()
         values = decode_e2m1(unpack_nibbles(self._a)).unflatten(1, (cols, BLOCK)) * sf.unsqueeze(2)
         return torch.where(self.valid.unsqueeze(1), values.flatten(1), 0.0)
 

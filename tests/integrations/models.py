@@ -201,6 +201,25 @@ def sample_ids(batch: int = 2, length: int = 20) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
+IDS = sample_ids()
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def oracle_logits(kind: str, weights, **changes) -> Tensor:
+    """Logits on IDS with W4A16 experts in float64: see :func:`oracle_forward`."""
+    model = dense_model(kind, weights, **changes)
+    model.set_experts_implementation("oracle_w4a16")
+    return logits(model, IDS)
+
+
+def capture_experts(model: PreTrainedModel, layer: int, ids: Tensor = IDS):
+    """Inputs and outputs of one layer's experts module in a forward pass."""
+    seen = []
+    hook = model.model.layers[layer].mlp.experts.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    logits(model, ids)
+    hook.remove()
+    return seen[0]

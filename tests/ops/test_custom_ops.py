@@ -13,11 +13,11 @@ from oracle import random_weights
 from dsv4 import Nvfp4MoE, StateError
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
 
-E, H, I, K = 4, 64, 32, 2
+E, H, INTER, K = 4, 64, 32, 2
 
 
 def layer(target) -> Nvfp4MoE:
-    return build(target, random_weights(E, H, I, seed=1), top_k=K, activation_scale="token")
+    return build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
 
 
 def test_the_operator_equals_run(target):

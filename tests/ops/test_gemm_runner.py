@@ -30,11 +30,11 @@ E, K, N = 4, 96, 64
 class Case:
     """Operands for the given rows of each expert, with ``spare`` rows past the last end, and the float64 product."""
 
-    def __init__(self, counts: list[int], device: torch.device, *, interleave: bool = False, spare: int = 0, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, counts: list[int], device: torch.device, *, interleave: bool = False, spare: int = 0):
+        generator = torch.Generator().manual_seed(0)
         self.counts, self.device = counts, device
         self.rows = sum(counts) + spare
-        weights = random_weights(E, K, N // 2, seed=seed, split_gate_up=True)
+        weights = random_weights(E, K, N // 2, seed=0, split_gate_up=True)
         w_fp4, w_sf = weights.l1_fp4, weights.l1_sf.view(torch.float8_e4m3fn)
         self.gs_b = weights.l1_gs
         x = torch.randn(self.rows, K, generator=generator)
@@ -47,10 +47,9 @@ class Case:
             padded = torch.zeros(round_up(piece.shape[0], 128), K // 16, dtype=torch.uint8)
             padded[: piece.shape[0]] = piece.view(torch.uint8)
             parts.append(padded)
+        order = torch.arange(N)
         if interleave:  # columns [gate | up] -> [g*4, u*4, ...], codes and scales alike
-            order = interleave_l1_weights(torch.arange(N))
-        else:
-            order = torch.arange(N)
+            order = interleave_l1_weights(order)
         sf_b = w_sf.view(torch.uint8)[:, order].view(torch.float8_e4m3fn)
         self.operands = {
             "mat_a": fp4,
@@ -89,9 +88,7 @@ COUNTS = [[3, 0, 130, 1], [0, 0, 0, 5], [128, 128, 0, 0], [0, 0, 0, 0]]
 def test_grouped_gemm(device, counts, separate):
     """Every expert's rows meet its own matrix and scales; experts may be empty, scale rows are padded to 128."""
     case = Case(counts, device)
-    out = run_nvfp4_grouped_gemm(
-        **case.operands, global_scale_b=case.global_scale_b(separate), out_dtype=torch.float32
-    )
+    out = run_nvfp4_grouped_gemm(**case.operands, global_scale_b=case.global_scale_b(separate), out_dtype=torch.float32)
     assert out.shape == (case.rows, N)
     if case.rows:
         assert relative_l2(out.cpu(), case.scaled(separate)) < 1e-6  # fp32 accumulation of exact products
@@ -165,7 +162,7 @@ def test_fused_default_is_half(device):
         ({"mat_a": torch.zeros(9, 48)}, "mat_a"),
         ({"expert_offsets": torch.zeros(3, dtype=torch.int32)}, "expert_offsets"),
         ({"scale_b": torch.zeros(4, 8, dtype=torch.float8_e4m3fn)}, "scale_b"),
-        ({"scale_a": torch.zeros(512, dtype=torch.uint8)}, "scale_a: expected at least 384"),
+        ({"scale_a": torch.zeros(512, dtype=torch.uint8)}, "scale_a.*at least 384 rows"),
         ({"scale_a": torch.zeros(4096)}, "scale_a"),
         ({"global_scale_a": torch.ones(())}, "global_scale_a"),
         ({"global_scale_b": torch.ones(4, 3)}, "global_scale_b"),
