@@ -111,8 +111,14 @@ def global_scale(amax: Tensor, divisor: float = GS_DIVISOR) -> Tensor:
 
     ``amax / divisor``, or 1 where that is below 2^-100 (all-zero data included).
     """
-    gs = amax.float() / divisor
+    gs = _divide(amax.float(), divisor)
     return torch.where(gs >= GS_MIN, gs, 1.0)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor`` rounded to nearest. On CUDA, torch divides by a Python number by multiplying with its reciprocal,
+    which is off by one bit for some values: enough to move a code. A divisor on the device is divided by."""
+    return x / x.new_full((), divisor)
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ def quantize_blocks(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x)
     amax = blocks.abs().amax(dim=-1)
     # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
-    scale = torch.where(amax.isfinite(), torch.clamp((amax / E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
+    scale = torch.where(amax.isfinite(), torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
     sf = scale.to(torch.float8_e4m3fn)
     return pack_nibbles(_encode_blocks(blocks, sf, gs).flatten(-2)), sf
 
@@ -161,7 +167,7 @@ def quantize_blocks_4_over_6(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     best_sf: Tensor | None = None
     best_error: Tensor | None = None
     for factor in (1.0, 1.5):
-        scale = torch.clamp((amax / E2M1_MAX) / gs * factor, max=E4M3_MAX)
+        scale = torch.clamp(_divide(amax, E2M1_MAX) / gs * factor, max=E4M3_MAX)
         sf = torch.where(amax.isfinite(), scale, torch.nan).to(torch.float8_e4m3fn)
         codes = _encode_blocks(blocks, sf, gs)
         decoded = decode_e2m1(codes) * (sf.float() * gs).unsqueeze(-1)

@@ -19,8 +19,9 @@ import torch
 BLOCK = 16
 GS_MIN = 2.0**-100
 NAN_SF = 0x7F
-NEAR_TIE = 2.0**-20
-"""Relative error of an fp32 sum of some hundred terms, about 1e-6: well inside the 1e-5 that the contract allows."""
+NEAR_TIES = (1e-6, -1e-6, 1e-5, -1e-5)
+"""Relative shifts of the intermediate: 1e-5 is as near to a midpoint as the contract lets results differ; 1e-6, the
+usual error of an fp32 sum of some hundred terms, leaves the farther ties of a long row alone."""
 
 
 def _e2m1_value(code: int) -> float:
@@ -370,18 +371,27 @@ def moe_layer(
     return out
 
 
-def moe_layer_like(got: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-    """:func:`moe_layer` for a comparison with ``got [T, H]``: near-ties of the intermediate may have gone either way.
+def nearest_reference(
+    got: Any, hidden: Any, topk_weights: Any, topk_ids: Any, w: OracleWeights, **settings: Any
+) -> np.ndarray:
+    """:func:`moe_layer`, with each row rounded at its near-ties the way that ``got [T, H]`` was.
 
     An intermediate that lies within fp32's accumulated error of a bf16 midpoint is rounded up by one order of summation
     and down by another. Where it is its block's largest, the block's scale can follow, and in W4A4 that single event is
-    worth more than the accuracy bar on a small layer. So each row is taken from that of three results which is nearest
-    to ``got``: as computed, and with the intermediate nudged up and down by ``NEAR_TIE``.
+    worth more than the accuracy bar on a small layer, though both results are right. So a row is the oracle's as it is,
+    unless the same with the intermediate nudged by one of ``NEAR_TIES`` is nearer by a factor of 2: only a moved code
+    or scale is worth as much.
+
+    Returns:
+        float64 ``[T, H]``.
     """
     got = as_numpy(got).astype(np.float64)
-    candidates = np.stack([moe_layer(*args, **kwargs, nudge=nudge) for nudge in (0.0, NEAR_TIE, -NEAR_TIE)])
-    error = np.nan_to_num(np.linalg.norm(candidates - got, axis=-1), nan=np.inf)
-    return candidates[error.argmin(axis=0), np.arange(len(got))]
+    candidates = np.stack(
+        [moe_layer(hidden, topk_weights, topk_ids, w, nudge=nudge, **settings) for nudge in (0.0, *NEAR_TIES)]
+    )
+    distance = np.linalg.norm(candidates - got, axis=2)
+    best = np.where(distance.min(axis=0) < 0.5 * distance[0], distance.argmin(axis=0), 0)
+    return candidates[best, np.arange(len(got))]
 
 
 def relative_l2(got: Any, want: Any) -> float:
@@ -391,33 +401,3 @@ def relative_l2(got: Any, want: Any) -> float:
     if error == 0:
         return 0.0
     return float(error / size) if size else float("inf")
-
-
-MIDPOINT_RULE = 1e-5
-"""An intermediate this close (relative) to a rounding midpoint may be rounded either way, correctly."""
-
-
-def nearest_reference(
-    got: Any, hidden: Any, topk_weights: Any, topk_ids: Any, w: OracleWeights, **settings: Any
-) -> Any:
-    """The oracle's result, each row rounded at its midpoints the way that ``got`` was.
-
-    A value within 1e-5 of a midpoint may fall to either side in fp32. Where that moves a 4-bit code, a row changes by
-    far more than rounding noise, and both results are right. So every row is taken from the oracle as it is, or with
-    its intermediate nudged up or down by 1e-5, whichever is nearest; a row without such a value has three equal
-    candidates, but for that nudge.
-
-    Returns:
-        float64 ``[T, H]``.
-    """
-    got = as_numpy(got).astype(np.float64)
-    candidates = np.stack(
-        [
-            moe_layer(hidden, topk_weights, topk_ids, w, nudge=nudge, **settings)
-            for nudge in (0.0, MIDPOINT_RULE, -MIDPOINT_RULE)
-        ]
-    )
-    distance = np.linalg.norm(candidates - got, axis=2)
-    # The oracle as it is, unless a nudge explains a row clearly better: only a moved code does.
-    best = np.where(distance.min(axis=0) < 0.5 * distance[0], distance.argmin(axis=0), 0)
-    return candidates[best, np.arange(got.shape[0])]
