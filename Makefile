@@ -11,10 +11,10 @@ demo: $(STAMP)
 	$(RUN) examples/demo.py
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 4
 
 test-all: $(STAMP)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

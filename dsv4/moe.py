@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dsv4.backends import InputScales, Packed, Routed, Verdict, choose, explain_all
+from dsv4.checks import check_tensor, dtype_names, stack_experts
 from dsv4.config import ActivationFormat, ActivationScale, L1ScalePolicy, MoEConfig, RouteWeight
 from dsv4.errors import ConfigError, InputError, StateError
 from dsv4.nvfp4 import Nvfp4Tensor, global_scale
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
-from dsv4.ops.routing import local_expert_ids, route
+from dsv4.ops.routing import checked_expert_map, local_expert_ids, route
 from dsv4.weights import MoEWeights, per_expert_scales
 from dsv4.workspace import Workspace, default_workspace
 
@@ -100,7 +101,7 @@ class Nvfp4MoE:
         )
         self.device = _with_index(torch.device(device))
         self._backend = choose(backend, self._config, self.device)(self._config, self.device)
-        self._expert_map = _checked_expert_map(expert_map, num_experts, self.device)
+        self._expert_map = checked_expert_map(expert_map, num_experts, self.device)
         self._workspace = workspace if workspace is not None else default_workspace(self.device)
         if self._workspace.device != self.device:
             raise ConfigError(f"workspace is on {self._workspace.device}, the layer on {self.device}")
@@ -236,7 +237,7 @@ class Nvfp4MoE:
                 low,
                 high,
             )
-        self._static_scales = _update_scales(self._static_scales, l1, l2)
+        self._static_scales = InputScales.updated(self._static_scales, l1, l2)
 
     def prepare_weights_direct(
         self,
@@ -252,12 +253,12 @@ class Nvfp4MoE:
         Use :meth:`prepare_weights_from_stacked`, which needs no transposed copy.
         """
         self.prepare_weights_from_stacked(
-            _stack("l1_fp4", [w.t() for w in l1_fp4]),
-            _stack("l1_sf", [s.t() for s in l1_sf]),
-            _stack("l1_gs", [torch.as_tensor(g, dtype=torch.float32).squeeze() for g in l1_gs]),
-            _stack("l2_fp4", [w.t() for w in l2_fp4]),
-            _stack("l2_sf", [s.t() for s in l2_sf]),
-            _stack("l2_gs", [torch.as_tensor(g, dtype=torch.float32).squeeze() for g in l2_gs]),
+            stack_experts("l1_fp4", [w.t() for w in l1_fp4]),
+            stack_experts("l1_sf", [s.t() for s in l1_sf]),
+            stack_experts("l1_gs", [torch.as_tensor(g, dtype=torch.float32).squeeze() for g in l1_gs]),
+            stack_experts("l2_fp4", [w.t() for w in l2_fp4]),
+            stack_experts("l2_sf", [s.t() for s in l2_sf]),
+            stack_experts("l2_gs", [torch.as_tensor(g, dtype=torch.float32).squeeze() for g in l2_gs]),
         )
 
     def prepare_weights_from_dequantized(
@@ -270,12 +271,12 @@ class Nvfp4MoE:
         l1 = [Nvfp4Tensor.quantize(w) for w in l1_weights_bf16]
         l2 = [Nvfp4Tensor.quantize(w) for w in l2_weights_bf16]
         self.prepare_weights_from_stacked(
-            _stack("l1_weights_bf16", [q.codes for q in l1]),
-            _stack("l1_weights_bf16", [q.sf for q in l1]),
-            _stack("l1_weights_bf16", [q.gs for q in l1]),
-            _stack("l2_weights_bf16", [q.codes for q in l2]),
-            _stack("l2_weights_bf16", [q.sf for q in l2]),
-            _stack("l2_weights_bf16", [q.gs for q in l2]),
+            stack_experts("l1_weights_bf16", [q.codes for q in l1]),
+            stack_experts("l1_weights_bf16", [q.sf for q in l1]),
+            stack_experts("l1_weights_bf16", [q.gs for q in l1]),
+            stack_experts("l2_weights_bf16", [q.codes for q in l2]),
+            stack_experts("l2_weights_bf16", [q.sf for q in l2]),
+            stack_experts("l2_weights_bf16", [q.gs for q in l2]),
         )
 
     # Activation scales from data.
@@ -310,7 +311,7 @@ class Nvfp4MoE:
         for amax, new in zip(running, seen, strict=True):
             torch.maximum(amax, new, out=amax)
         l1, l2 = (global_scale(torch.where(amax > 0, amax, amax.amax())) for amax in running)
-        self._calibrated_scales = _update_scales(self._calibrated_scales, l1, l2)
+        self._calibrated_scales = InputScales.updated(self._calibrated_scales, l1, l2)
         return l1, l2
 
     # Running.
@@ -448,55 +449,25 @@ class Nvfp4MoE:
     ) -> None:
         cfg = self._config
         tokens = hidden_states.shape[0] if hidden_states.dim() else 0
-        _check("hidden_states", hidden_states, (torch.bfloat16,), (tokens, cfg.hidden_size), self.device)
-        _check("topk_weights", topk_weights, (torch.float32,), (tokens, cfg.top_k), self.device)
-        _check("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, cfg.top_k), self.device)
+        check_tensor("hidden_states", hidden_states, torch.bfloat16, (tokens, cfg.hidden_size), self.device)
+        check_tensor("topk_weights", topk_weights, torch.float32, (tokens, cfg.top_k), self.device)
+        check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, cfg.top_k), self.device)
         if tokens > cfg.max_num_tokens:
             raise InputError(
                 f"hidden_states: {tokens} tokens, but this layer was built for max_num_tokens = {cfg.max_num_tokens}"
             )
         if num_valid_tokens is not None:
-            _check("num_valid_tokens", num_valid_tokens, (torch.int32, torch.int64), (1,), self.device)
+            check_tensor("num_valid_tokens", num_valid_tokens, (torch.int32, torch.int64), (1,), self.device)
 
     def _checked_out(self, hidden_states: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         if out is None:
             dtype = torch.bfloat16 if out_dtype is None else out_dtype
             if dtype not in _OUT_DTYPES:
-                raise InputError(f"out_dtype: expected one of {_names(_OUT_DTYPES)}, found {dtype}")
+                raise InputError(f"out_dtype: expected one of {dtype_names(_OUT_DTYPES)}, found {dtype}")
             return torch.empty(hidden_states.shape, dtype=dtype, device=self.device)
         allowed = _OUT_DTYPES if out_dtype is None else (out_dtype,)
-        _check("out", out, allowed, tuple(hidden_states.shape), self.device)
+        check_tensor("out", out, allowed, tuple(hidden_states.shape), self.device)
         return out
-
-
-def _update_scales(scales: InputScales | None, l1: Tensor, l2: Tensor) -> InputScales:
-    """New values for ``scales``, in place where there are some, so that captured graphs see them."""
-    if scales is None:
-        scales = InputScales(torch.empty_like(l1), l1.new_empty(1), torch.empty_like(l2))
-    scales.copy_(l1, l2)
-    return scales
-
-
-def _check(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise InputError(f"{name}: expected {_names(dtypes)} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
-    if tensor.device != device:
-        raise InputError(f"{name}: expected a tensor on {device}, found one on {tensor.device}")
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _stack(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        raise InputError(f"{name}: expected one tensor per expert, found none")
-    shapes = {tuple(t.shape) for t in tensors}
-    if len(shapes) > 1:
-        raise InputError(f"{name}: expected the same shape for every expert, found {sorted(shapes)}")
-    return torch.stack(list(tensors))
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -504,19 +475,3 @@ def _with_index(device: torch.device) -> torch.device:
     if device == torch.device("cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _checked_expert_map(expert_map: Tensor | None, num_experts: int, device: torch.device) -> Tensor | None:
-    if expert_map is None:
-        return None
-    if expert_map.dim() != 1 or expert_map.dtype not in (torch.int32, torch.int64):
-        raise ConfigError(
-            f"expert_map: expected an integer vector [global experts], found {expert_map.dtype} "
-            f"{list(expert_map.shape)}"
-        )
-    local = expert_map[expert_map >= 0]
-    if bool((expert_map < -1).any()) or bool((local >= num_experts).any()) or local.unique().numel() != local.numel():
-        raise ConfigError(
-            f"expert_map: expected distinct local ids in 0 .. {num_experts - 1}, or -1, found {expert_map.tolist()}"
-        )
-    return expert_map.to(device=device, dtype=torch.int32)

@@ -170,8 +170,9 @@ def quantize_blocks_4_over_6(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.clamp(_divide(amax, E2M1_MAX) / gs * factor, max=E4M3_MAX)
         sf = torch.where(amax.isfinite(), scale, torch.nan).to(torch.float8_e4m3fn)
         codes = _encode_blocks(blocks, sf, gs)
-        decoded = decode_e2m1(codes) * (sf.float() * gs).unsqueeze(-1)
-        error = (decoded - blocks).square().sum(dim=-1)
+        # In units of gs: the squares of very small or large errors would leave fp32's range, and all would be ties.
+        decoded = decode_e2m1(codes) * sf.float().unsqueeze(-1)
+        error = (decoded - blocks / gs.unsqueeze(-1)).square().sum(dim=-1)
         if best_codes is None or best_sf is None or best_error is None:
             best_codes, best_sf, best_error = codes, sf, error
             continue

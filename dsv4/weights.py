@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4.checks import check_tensor
 from dsv4.config import MoEConfig
 from dsv4.errors import InputError
 from dsv4.nvfp4 import BLOCK
@@ -49,26 +50,19 @@ class MoEWeights:
             InputError: names the tensor, what was found and what was expected.
         """
         e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
-        _require("l1_fp4_stacked", l1_fp4, torch.uint8, (e, 2 * i, h // 2))
-        _require("l1_sf_stacked", l1_sf, torch.float8_e4m3fn, (e, 2 * i, h // BLOCK))
-        _require("l2_fp4_stacked", l2_fp4, torch.uint8, (e, h, i // 2))
-        _require("l2_sf_stacked", l2_sf, torch.float8_e4m3fn, (e, h, i // BLOCK))
+        check_tensor("l1_fp4_stacked", l1_fp4, torch.uint8, (e, 2 * i, h // 2))
+        check_tensor("l1_sf_stacked", l1_sf, torch.float8_e4m3fn, (e, 2 * i, h // BLOCK))
+        check_tensor("l2_fp4_stacked", l2_fp4, torch.uint8, (e, h, i // 2))
+        check_tensor("l2_sf_stacked", l2_sf, torch.float8_e4m3fn, (e, h, i // BLOCK))
         if tuple(l1_gs.shape) == (e,):
             l1_gs = l1_gs.unsqueeze(1).expand(e, 2)
-        elif tuple(l1_gs.shape) != (e, 2):
-            raise InputError(f"l1_gs: expected shape [{e}] or [{e}, 2] (gate, up), found {tuple(l1_gs.shape)}")
-        if tuple(l2_gs.shape) != (e,):
-            raise InputError(f"l2_gs: expected shape [{e}], found {tuple(l2_gs.shape)}")
+        check_tensor("l1_gs (gate, up)", l1_gs, torch.float32, (e, 2))
+        check_tensor("l2_gs", l2_gs, torch.float32, (e,))
         for name, sf in (("l1_sf_stacked", l1_sf), ("l2_sf_stacked", l2_sf)):
             check_block_scales(name, sf)
         for name, gs in (("l1_gs", l1_gs), ("l2_gs", l2_gs)):
             check_global_scales(name, gs)
-        return cls(l1_fp4, l1_sf, l1_gs.float(), l2_fp4, l2_sf, l2_gs.float())
-
-
-def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise InputError(f"{name}: expected {dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
+        return cls(l1_fp4, l1_sf, l1_gs, l2_fp4, l2_sf, l2_gs)
 
 
 def check_block_scales(name: str, sf: Tensor) -> None:

@@ -180,6 +180,19 @@ def round_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, x), rounded)
 
 
+def wide_values(shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random values with magnitudes spread evenly over 2^low .. 2^high, one in 5 a zero; both have both signs."""
+    rng = np.random.default_rng(seed)
+    values = 2 ** rng.uniform(low, high, shape) * (rng.integers(0, 5, shape) > 0)
+    return torch.from_numpy(np.copysign(values, rng.uniform(-1, 1, shape))).to(dtype)
+
+
+def assert_same_bytes(fp4: Any, sf: Any, want: tuple[np.ndarray, ...]) -> None:
+    """Codes and block scales equal those of :func:`quantize`, byte by byte."""
+    np.testing.assert_array_equal(as_numpy(sf), want[1], err_msg="block scales")
+    np.testing.assert_array_equal(as_numpy(fp4), want[0], err_msg="codes")
+
+
 # The layer.
 
 

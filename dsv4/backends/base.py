@@ -62,11 +62,14 @@ class InputScales:
     l1_merged: Tensor
     l2: Tensor
 
-    def copy_(self, l1: Tensor, l2: Tensor) -> None:
-        """Take new values in place, so that captured graphs see them."""
-        self.l1.copy_(l1)
-        self.l1_merged.copy_(l1.amax().reshape(1))
-        self.l2.copy_(l2)
+    @classmethod
+    def updated(cls, current: InputScales | None, l1: Tensor, l2: Tensor) -> InputScales:
+        """New values, written over ``current`` if there is one, so that captured graphs see them."""
+        scales = current or cls(torch.empty_like(l1), l1.new_empty(1), torch.empty_like(l2))
+        scales.l1.copy_(l1)
+        scales.l1_merged.copy_(l1.amax().reshape(1))
+        scales.l2.copy_(l2)
+        return scales
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv4.checks import check_tensor
 from dsv4.errors import InputError
 from dsv4.nvfp4 import BLOCK, decode_e2m1, unpack_nibbles
 from dsv4.ops.activation import clamped_swiglu
@@ -181,19 +182,19 @@ class _Operands:
                 f"mat_a, mat_b: expected [rows, K/2] and [E, K/2, N] with the same K, a multiple of {BLOCK}, "
                 f"found {list(a.shape)} and {list(b.shape)}"
             )
-        _shape("expert_offsets", expert_offsets, (torch.int32, torch.int64), (self.experts,))
-        _shape("global_scale_a", global_scale_a, (torch.float32,), (self.experts,))
+        check_tensor("expert_offsets", expert_offsets, (torch.int32, torch.int64), (self.experts,))
+        check_tensor("global_scale_a", global_scale_a, torch.float32, (self.experts,))
         self.separate_gate_up = global_scale_b.dim() == 2
-        _shape(
+        check_tensor(
             "global_scale_b",
             global_scale_b,
-            (torch.float32,),
+            torch.float32,
             (self.experts, 2) if self.separate_gate_up else (self.experts,),
         )
         if self.separate_gate_up and self.columns % 2:
             raise InputError(f"global_scale_b [E, 2] needs an even number of columns, found N = {self.columns}")
         if row_scale is not None:
-            _shape("row_scale", row_scale, (torch.float32,), (self.rows,))
+            check_tensor("row_scale", row_scale, torch.float32, (self.rows,))
         self._a = a
         self._offsets = expert_offsets
         self._row_scale = row_scale
@@ -300,15 +301,10 @@ def _scales(name: str, tensor: Tensor) -> Tensor:
     return tensor.view(torch.float8_e4m3fn)
 
 
-def _shape(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-        raise InputError(f"{name}: expected {dtypes[0]} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
-
-
 def _result(out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if out is None:
         if dtype not in (torch.bfloat16, torch.float32):
             raise InputError(f"out_dtype: expected bfloat16 or float32, found {dtype}")
         return torch.zeros(shape, dtype=dtype, device=device)
-    _shape("out", out, (torch.bfloat16, torch.float32), shape)
+    check_tensor("out", out, (torch.bfloat16, torch.float32), shape)
     return out

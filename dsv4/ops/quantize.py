@@ -24,7 +24,9 @@ def _matrix(x: Tensor, name: str) -> Tensor:
 
 def _row_scales(gs: Tensor | float, x: Tensor) -> Tensor:
     """``gs`` as fp32 that broadcasts against ``[M, K/16]``: one scale, or one a row."""
-    gs = torch.as_tensor(gs, dtype=torch.float32, device=x.device)
+    if not isinstance(gs, Tensor):  # filled on the device: copying a number there would synchronise
+        return torch.full((), gs, dtype=torch.float32, device=x.device)
+    gs = gs.to(device=x.device, dtype=torch.float32)
     if gs.numel() == 1:
         return gs.reshape(())
     if gs.numel() == x.shape[0]:

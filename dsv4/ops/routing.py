@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dsv4.config import capacity
+from dsv4.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,27 @@ def local_expert_ids(
         token = torch.arange(topk_ids.shape[0], device=topk_ids.device, dtype=torch.int32)
         local = torch.where((token < num_valid_tokens).unsqueeze(1), local, -1)
     return local.to(torch.int32)
+
+
+def checked_expert_map(expert_map: Tensor | None, num_experts: int, device: torch.device) -> Tensor | None:
+    """A map ``[global] -> local id or -1`` as int32 on ``device``, once its values were checked (this synchronises).
+
+    Raises:
+        ConfigError: not an integer vector, an id outside ``[-1, E)``, or a local id that appears twice.
+    """
+    if expert_map is None:
+        return None
+    if expert_map.dim() != 1 or expert_map.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"expert_map: expected an integer vector [global experts], found {expert_map.dtype} "
+            f"{list(expert_map.shape)}"
+        )
+    local = expert_map[expert_map >= 0]
+    if bool((expert_map < -1).any()) or bool((local >= num_experts).any()) or local.unique().numel() != local.numel():
+        raise ConfigError(
+            f"expert_map: expected distinct local ids in 0 .. {num_experts - 1}, or -1, found {expert_map.tolist()}"
+        )
+    return expert_map.to(device=device, dtype=torch.int32)
 
 
 def route(local_ids: Tensor, num_experts: int, row_tile: int = 1) -> Routing:
