@@ -80,6 +80,8 @@ def write(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
         if target.exists():
             shutil.rmtree(target)
         beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)  # safetensors and mkdtemp create what only their owner can read
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
