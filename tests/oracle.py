@@ -116,9 +116,9 @@ def row_amax(x: Any) -> np.ndarray:
     return np.where(np.isfinite(amax), amax, np.float32(0))
 
 
-def global_scale(amax: Any) -> np.ndarray:
-    """``amax / 2688`` in fp32; 1 where that is below 2^-100."""
-    gs = np.asarray(amax, np.float32) / np.float32(2688)
+def global_scale(amax: Any, divisor: float = 2688) -> np.ndarray:
+    """``amax / divisor`` in fp32; 1 where that is below 2^-100."""
+    gs = np.asarray(amax, np.float32) / np.float32(divisor)
     return np.where(gs < np.float32(GS_MIN), np.float32(1), gs)
 
 
