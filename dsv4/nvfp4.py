@@ -138,6 +138,16 @@ def _encode_blocks(blocks: Tensor, sf: Tensor, gs: Tensor) -> Tensor:
     return torch.where(usable.unsqueeze(-1), codes, 0)
 
 
+def block_codes(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_blocks` without packing: ``(codes uint8 [..., K/16, 16], sf float8_e4m3fn [..., K/16])``."""
+    blocks = _blocks(x)
+    amax = blocks.abs().amax(dim=-1)
+    # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
+    scale = torch.where(amax.isfinite(), torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
+    sf = scale.to(torch.float8_e4m3fn)
+    return _encode_blocks(blocks, sf, gs), sf
+
+
 def quantize_blocks(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize with a given global scale.
 
@@ -151,12 +161,8 @@ def quantize_blocks(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: K is not a multiple of 16, or x is not floating point.
     """
-    blocks = _blocks(x)
-    amax = blocks.abs().amax(dim=-1)
-    # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
-    scale = torch.where(amax.isfinite(), torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
-    sf = scale.to(torch.float8_e4m3fn)
-    return pack_nibbles(_encode_blocks(blocks, sf, gs).flatten(-2)), sf
+    codes, sf = block_codes(x, gs)
+    return pack_nibbles(codes.flatten(-2)), sf
 
 
 def quantize_blocks_4_over_6(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:

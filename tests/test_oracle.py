@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import (
     OracleWeights,
@@ -164,6 +164,8 @@ def test_midpoint_distance_by_hand():
 
 
 @given(st.floats(width=32, allow_nan=False))
+@example(float(np.finfo(np.float32).max))
+@example(-1e-40)
 def test_bf16_rounding_is_that_of_torch(x):
     """Every fp32 number rounds to bf16 as torch's cast from fp32 does (there one rounding is all there is)."""
     want = torch.tensor(x, dtype=torch.float32).bfloat16().double()
@@ -321,11 +323,13 @@ def test_layer_scale_sources():
     def run(l1, **more):
         return moe_layer(x, w, ids, weights, l1_input_scale=l1, **static, **more)
 
-    np.testing.assert_array_equal(run([0.001, 0.004]), run(np.float32(0.004)))
-    mixed = run([0.001, 0.004], l1_scale_policy="per_expert")
+    small, large = np.float32(0.0005), np.float32(0.0037)  # no power of two apart, which would decode to the same
+    np.testing.assert_array_equal(run([small, large]), run(large))
+    mixed = run([small, large], l1_scale_policy="per_expert")
     rows_of_0 = (ids == 0)[:, 0].numpy()
-    np.testing.assert_array_equal(mixed[rows_of_0], run(np.float32(0.001))[rows_of_0])
-    np.testing.assert_array_equal(mixed[~rows_of_0], run(np.float32(0.004))[~rows_of_0])
+    np.testing.assert_array_equal(mixed[rows_of_0], run(small)[rows_of_0])
+    np.testing.assert_array_equal(mixed[~rows_of_0], run(large)[~rows_of_0])
+    assert (mixed != run(large))[rows_of_0].any()
 
     tensor = {"activation_scale": "tensor", **W4A4}
     want = moe_layer(x, w, ids, weights, **tensor)
@@ -356,7 +360,7 @@ def test_random_weights():
 
 
 def test_nearest_reference_explains_near_ties_only():
-    """A row rounded the other way at a near-tie is matched; a row with any other error is compared unchanged."""
+    """A row rounded the other way at a near-tie is matched; one that is not clearly so is compared unchanged."""
     weights = random_weights(4, 48, 256, seed=9)
     x, w, ids = _case(130, 48, 6, seed=9)
     settings = {"activation_scale": "token", **W4A4}
@@ -366,6 +370,8 @@ def test_nearest_reference_explains_near_ties_only():
     assert moved.any()
     assert not moved.all()
     np.testing.assert_array_equal(nearest_reference(nudged, x, w, ids, weights, **settings), nudged)
+    undecided = plain + 0.6 * (nudged - plain)
+    np.testing.assert_array_equal(nearest_reference(undecided, x, w, ids, weights, **settings), plain)
     wrong = plain * 1.01
     near = nearest_reference(wrong, x, w, ids, weights, **settings)
     assert relative_l2(wrong, near) > 0.009

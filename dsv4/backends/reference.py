@@ -1,19 +1,19 @@
 """The reference backend: the whole pipeline in plain torch, on any device.
 
-On a CPU it is also meant to be used, so its weight layout is made for decoding fast with torch operations alone. The
-codes of four neighbouring outputs stand in one 16-bit *lane*; a table of all 65536 lanes, each with its four fp32
-values, turns decoding into one gather, which writes finished fp32 numbers in order::
+On a CPU it is also meant to be used, so its weight layout is made for decoding fast with torch operations alone. A byte
+holds the codes of two neighbouring outputs, and a table of all 256 bytes, each with its two fp32 values, turns decoding
+into one gather, which writes finished fp32 numbers in order::
 
-    lanes  uint16 [K, N/4]  --gather-->  fp32 [K, N]  --times sf [K/16, 1, N]-->  operand of an fp32 GEMM
+    codes  uint8 [K, N/2]  --gather-->  fp32 [K, N]  --block scales [K/16, 1, N], fp32 GEMM-->  out
 
-Weights are stored K-major for that ([K, N], the transpose of a checkpoint's), so that a block scale multiplies 16 whole
+Weights are stored K-major for that ([K, N], the transpose of a checkpoint's), so that a block scale belongs to 16 whole
 rows and the innermost loop of every operation runs over N. The weights stay at 4.5 bits; only a slab of K_SLAB rows
 is ever decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,21 +25,21 @@ from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import (
     BLOCK,
     E2M1_VALUES,
+    block_codes,
     decode_e2m1,
     finite_row_amax,
     global_scale,
     pack_nibbles,
-    quantize_blocks,
     unpack_nibbles,
 )
 from dsv4.ops.activation import clamped_swiglu
 from dsv4.ops.combine import combine
-from dsv4.ops.grouped_gemm import K_SLAB, grouped_gemm, row_ranges
+from dsv4.ops.grouped_gemm import K_SLAB, Slab, grouped_gemm, row_ranges
 from dsv4.ops.routing import Routing
 from dsv4.weights import MoEWeights
 from dsv4.workspace import BufferPlan
 
-_LANE = 4  # codes in a 16-bit lane
+_PAIR = 2  # codes in a byte
 
 
 class ReferenceBackend:
@@ -81,9 +81,8 @@ class ReferenceBackend:
                 (self._l1, weights.l1_fp4[e], weights.l1_sf[e]),
                 (self._l2, weights.l2_fp4[e], weights.l2_sf[e]),
             ):
-                lanes, scales = layout.views(into.experts)
-                codes = unpack_nibbles(fp4.to(self.device)).t().contiguous()
-                lanes[e].copy_(pack_nibbles(codes).view(torch.uint16))
+                codes, scales = layout.views(into.experts)
+                codes[e].copy_(pack_nibbles(unpack_nibbles(fp4.to(self.device)).t()))
                 scales[e].copy_(sf.to(self.device).view(torch.uint8).t())
         into.l1_gs.copy_(weights.l1_gs)
         into.l2_gs.copy_(weights.l2_gs)
@@ -91,16 +90,14 @@ class ReferenceBackend:
 
     def unpack(self, packed: Packed) -> MoEWeights:
         def restore(layout: _ExpertLayout) -> tuple[Tensor, Tensor]:
-            lanes, scales = layout.views(packed.experts)
-            codes = unpack_nibbles(lanes.contiguous().view(torch.uint8))
-            fp4 = pack_nibbles(codes.transpose(1, 2).contiguous())
+            codes, scales = layout.views(packed.experts)
+            fp4 = pack_nibbles(unpack_nibbles(codes).transpose(1, 2)).contiguous()
             return fp4, scales.transpose(1, 2).contiguous().view(torch.float8_e4m3fn)
 
         return MoEWeights(*restore(self._l1), packed.l1_gs.clone(), *restore(self._l2), packed.l2_gs.clone())
 
     def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
-        _lane_table(self.device)
-        _scale_table(self.device)
+        _pair_table(self.device)
 
     def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
         cfg = self.config
@@ -145,7 +142,7 @@ class ReferenceBackend:
     def _gemm1(self, packed: Packed, routed: Routed, rows: _Operand, buffers: dict[str, Tensor]) -> Tensor:
         """GEMM 1, global scales, clamped SwiGLU: bf16 ``[R, I]``."""
         cfg, routing = self.config, routed.routing
-        matrices = _LaneMatrices(packed.experts, self._l1, buffers)
+        matrices = _PairMatrices(packed.experts, self._l1, buffers)
         product = grouped_gemm(
             rows.values, matrices, row_ranges(routing), buffers["gate_up"], row_by_row=cfg.batch_invariant
         )
@@ -168,7 +165,7 @@ class ReferenceBackend:
         return _quantized(activated, _tensor_scale(activated, routing.row_slot >= 0))
 
     def _gemm2(self, packed: Packed, routing: Routing, operand: _Operand, buffers: dict[str, Tensor]) -> Tensor:
-        matrices = _LaneMatrices(packed.experts, self._l2, buffers)
+        matrices = _PairMatrices(packed.experts, self._l2, buffers)
         product = grouped_gemm(
             operand.values, matrices, row_ranges(routing), buffers["down"], row_by_row=self.config.batch_invariant
         )
@@ -196,77 +193,84 @@ def _plan(config: MoEConfig, device: torch.device) -> BufferPlan:
         {
             "gate_up": ((rows, 2 * i), torch.float32),
             "down": ((rows, h), torch.float32),
-            "index": ((slab // _LANE,), torch.int64),
-            "slab": ((slab,), torch.float32),
+            "index": ((slab // _PAIR,), torch.int64),
+            "pairs": ((slab // _PAIR,), torch.complex64),
         }
     )
 
 
 @dataclass(frozen=True)
 class _ExpertLayout:
-    """Where one projection stands in an expert's bytes: lanes ``[K, N/4]`` uint16, then scales ``[K/16, N]`` e4m3."""
+    """Where one projection stands in an expert's bytes: codes ``[K, N/2]``, then e4m3 scales ``[K/16, N]``."""
 
     offset: int
     in_features: int
     out_features: int
 
     @property
-    def _lane_bytes(self) -> int:
-        return self.in_features * self.out_features // 2
+    def _code_bytes(self) -> int:
+        return self.in_features * self.out_features // _PAIR
 
     @property
     def nbytes(self) -> int:
-        return self._lane_bytes + self.in_features // BLOCK * self.out_features
+        return self._code_bytes + self.in_features // BLOCK * self.out_features
 
     def views(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """``(lanes uint16 [E, K, N/4], scales uint8 [E, K/16, N])`` of the packed bytes."""
+        """``(codes uint8 [E, K, N/2], scales uint8 [E, K/16, N])`` of the packed bytes."""
         k, n = self.in_features, self.out_features
-        middle, end = self.offset + self._lane_bytes, self.offset + self.nbytes
-        lanes = experts[:, self.offset : middle].view(torch.uint16).unflatten(1, (k, n // _LANE))
-        return lanes, experts[:, middle:end].unflatten(1, (k // BLOCK, n))
+        middle, end = self.offset + self._code_bytes, self.offset + self.nbytes
+        codes, scales = experts[:, self.offset : middle], experts[:, middle:end]
+        return codes.unflatten(1, (k, n // _PAIR)), scales.unflatten(1, (k // BLOCK, n))
 
 
-class _LaneMatrices:
-    """:class:`dsv4.ops.grouped_gemm.ExpertMatrices` over packed lanes."""
+class _PairMatrices:
+    """:class:`dsv4.ops.grouped_gemm.ExpertMatrices` over packed pairs of codes."""
 
     def __init__(self, experts: Tensor, layout: _ExpertLayout, buffers: dict[str, Tensor]):
         self.in_features = layout.in_features
         self.out_features = layout.out_features
-        self._lanes, self._scales = layout.views(experts)
-        self._index, self._slab = buffers["index"], buffers["slab"]
-        self._lane_table = _lane_table(experts.device)
-        self._scale_table = _scale_table(experts.device)
+        self._codes, self._scales = layout.views(experts)
+        # Views for every slab but a shorter last one: making them takes longer than decoding a small slab.
+        rows = min(self.in_features, K_SLAB)
+        self._full = self._scratch(buffers, rows)
+        self._last = self._scratch(buffers, self.in_features % K_SLAB) if self.in_features % K_SLAB else self._full
 
-    def decode(self, expert: int | Tensor, k0: int, k1: int) -> Tensor:
-        k, n = k1 - k0, self.out_features
-        lanes, scales = self._lanes[:, k0:k1], self._scales[:, k0 // BLOCK : k1 // BLOCK]
-        if isinstance(expert, int):
-            lanes, scales = lanes[expert], scales[expert]
-        else:  # uint16 has no index_select: select bytes
-            lanes = lanes.view(torch.uint8).index_select(0, expert)[0].view(torch.uint16)
-            scales = scales.index_select(0, expert)[0]
-        index = self._index[: k * n // _LANE].view(k, n // _LANE).copy_(lanes)
-        slab = self._slab[: k * n]
+    def _scratch(self, buffers: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For ``rows`` of K: index ``[rows, N/2]``, table, gathered pairs, and these as fp32 ``[rows/16, 16, N]``."""
+        n = self.out_features
+        index, pairs = (buffers[name][: rows * n // _PAIR].view(rows, n // _PAIR) for name in ("index", "pairs"))
         # One table row for each row of the index: gather is parallel over rows.
-        torch.gather(self._lane_table.expand(k, -1), 1, index, out=slab.view(torch.complex128).view(k, n // _LANE))
-        sf = torch.gather(self._scale_table.expand(k // BLOCK, -1), 1, scales.long())
-        slab.view(k // BLOCK, BLOCK, n).mul_(sf.unsqueeze(1))
-        return slab.view(k, n)
+        table = _pair_table(index.device).expand(rows, -1)
+        return index, table, pairs, pairs.view(torch.float32).view(-1, BLOCK, n)
+
+    def slabs(self, expert: int | Tensor) -> Iterator[Slab]:
+        if isinstance(expert, int):
+            codes, scales = self._codes[expert], self._scales[expert]
+        else:
+            codes, scales = (t.index_select(0, expert)[0] for t in (self._codes, self._scales))
+        sf = _decode_scales(scales).unsqueeze(1)
+        for start in range(0, self.in_features, K_SLAB):
+            stop = min(start + K_SLAB, self.in_features)
+            index, table, pairs, values = self._last if stop == self.in_features else self._full
+            index.copy_(codes[start:stop])
+            torch.gather(table, 1, index, out=pairs)
+            yield Slab(start, values, sf[start // BLOCK : stop // BLOCK])
 
 
 @cache
-def _lane_table(device: torch.device) -> Tensor:
-    """``[1, 65536]``: the four fp32 values of every 16-bit lane, as one 16-byte element (complex128)."""
-    lanes = torch.arange(1 << 16, dtype=torch.int32).unsqueeze(1)
-    codes = (lanes >> torch.tensor([0, 4, 8, 12], dtype=torch.int32)) & 0xF
-    values = torch.tensor(E2M1_VALUES)[codes].contiguous()
-    return values.view(torch.complex128).view(1, -1).to(device)
+def _pair_table(device: torch.device) -> Tensor:
+    """``[1, 256]``: the two fp32 values of every byte, as one 8-byte element (complex64)."""
+    values = torch.tensor([[E2M1_VALUES[byte & 0xF], E2M1_VALUES[byte >> 4]] for byte in range(256)])
+    return values.view(torch.complex64).view(1, -1).to(device)
 
 
-@cache
-def _scale_table(device: torch.device) -> Tensor:
-    """``[1, 256]`` fp32: every e4m3 value by its byte. A gather is far faster on a CPU than torch's own cast."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(1, -1).to(device)
+def _decode_scales(scales: Tensor) -> Tensor:
+    """Finite e4m3 bytes, none below (minus) zero, -> fp32, exactly, subnormals included.
+
+    The fields of e4m3 fit those of fp16, seven bits to the left, with an exponent bias that differs by 8. On a CPU that
+    is several times as fast as torch's own cast.
+    """
+    return ((scales & 0x7F).to(torch.int16) << 7).view(torch.float16).float().mul_(256.0)
 
 
 @dataclass(frozen=True)
@@ -285,9 +289,8 @@ class _Operand:
 def _quantized(x: Tensor, gs: Tensor) -> _Operand:
     """Quantize ``x [n, K]`` under one scale ``[1]`` or one a row (``[n]`` or ``[n, 1]``) and stage it for the GEMM."""
     gs = gs.reshape(-1, 1)
-    codes, sf = quantize_blocks(x, gs)
-    values = decode_e2m1(unpack_nibbles(codes)).unflatten(1, (-1, BLOCK)) * sf.float().unsqueeze(2)
-    return _Operand(values.flatten(1), gs)
+    codes, sf = block_codes(x, gs)
+    return _Operand((decode_e2m1(codes) * sf.float().unsqueeze(2)).flatten(1), gs)
 
 
 def _tensor_scale(x: Tensor, valid: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ def combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None, out: Tensor)
     """
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     if rows.shape[0]:
+        served, row = (slot_row >= 0).unsqueeze(2), slot_row.clamp(min=0)
         for j in range(slot_row.shape[1]):
-            row = slot_row[:, j]
-            served = (row >= 0).unsqueeze(1)
-            term = rows[row.clamp(min=0)].float()
+            term = rows[row[:, j]].float()
             if weights is not None:
-                term = term * weights[:, j].unsqueeze(1)
-            total = torch.where(served, total + term, total)
+                term = term * weights[:, j : j + 1]
+            total = torch.where(served[:, j], total + term, total)
     return out.copy_(total)

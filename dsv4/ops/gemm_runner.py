@@ -22,6 +22,7 @@ Rows past the last end are not touched. Nothing here synchronises with the host 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ from dsv4.checks import check_tensor
 from dsv4.errors import InputError
 from dsv4.nvfp4 import BLOCK, decode_e2m1, unpack_nibbles
 from dsv4.ops.activation import clamped_swiglu
-from dsv4.ops.grouped_gemm import grouped_gemm, row_ranges
+from dsv4.ops.grouped_gemm import K_SLAB, Slab, grouped_gemm, row_ranges
 from dsv4.ops.layouts import ROW_TILE, Swizzle32x4x4, gate_groups, up_groups
 from dsv4.ops.routing import route
 
@@ -274,15 +275,17 @@ class _ColumnMatrices:
         self.out_features = codes.shape[2]
         self._codes, self._scales, self._swizzle = codes, scales, swizzle
 
-    def decode(self, expert: int | Tensor, k0: int, k1: int) -> Tensor:
+    def slabs(self, expert: int | Tensor) -> Iterator[Slab]:
         if isinstance(expert, int):
             codes, scales = self._codes[expert], self._scales[expert]
         else:
             codes = self._codes.index_select(0, expert)[0]
             scales = self._scales.view(torch.uint8).index_select(0, expert)[0].view(torch.float8_e4m3fn)
-        sf = self._swizzle.unswizzle(scales)[:, k0 // BLOCK : k1 // BLOCK]
-        values = decode_e2m1(unpack_nibbles(codes[k0 // 2 : k1 // 2].t())).unflatten(1, (-1, BLOCK))
-        return (values * sf.float().unsqueeze(2)).flatten(1).t()
+        sf = self._swizzle.unswizzle(scales).t().float().unsqueeze(1)
+        for start in range(0, self.in_features, K_SLAB):
+            stop = min(start + K_SLAB, self.in_features)
+            values = decode_e2m1(unpack_nibbles(codes[start // 2 : stop // 2].t())).t()
+            yield Slab(start, values.unflatten(0, (-1, BLOCK)), sf[start // BLOCK : stop // BLOCK])
 
 
 def _codes(name: str, tensor: Tensor, dim: int) -> Tensor:

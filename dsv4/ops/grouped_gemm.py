@@ -11,17 +11,59 @@ free of host synchronisation, so that it can be captured and compared with anyth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dsv4.nvfp4 import BLOCK
 from dsv4.ops.routing import Routing
 
 # Rows of K decoded at once. Large enough to hide the cost of launching ten small torch operations, small enough that
 # the decoded slab is still in the cache when the GEMM reads it.
 K_SLAB = 512
+
+# Up to this many rows share an expert, applying block scales to partial sums costs less than applying them to weights.
+FEW_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Some rows of K of one expert's matrix, decoded: ``W = values * scales``, 16 rows to a scale.
+
+    Attributes:
+        start: the first row of K.
+        values: fp32 ``[B, 16, N]``, e2m1 values; may be scratch that the next slab overwrites.
+        scales: fp32 ``[B, 1, N]``, block scales.
+    """
+
+    start: int
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The end row of K."""
+        return self.start + self.values.shape[0] * self.values.shape[1]
+
+    def multiply(self, blocks: Tensor, out: Tensor) -> None:
+        """``out (+)= x[:, start:stop] @ W`` for ``blocks = x`` by block, ``[K/16, M, 16]``, and ``out [M, N]``.
+
+        The first slab overwrites ``out``. The slab itself is left as it is.
+        """
+        first = self.start // self.values.shape[1]
+        # [B, M, 16] @ [B, 16, N]: the sums over each block, still without its scale.
+        partial = torch.bmm(blocks[first : first + self.values.shape[0]], self.values).mul_(self.scales)
+        if first:
+            out += partial.sum(dim=0)
+        else:
+            torch.sum(partial, dim=0, out=out)
+
+    def scaled(self) -> Tensor:
+        """``W [16B, N]``, computed in place of the values."""
+        return self.values.mul_(self.scales).flatten(0, 1)
 
 
 class ExpertMatrices(Protocol):
@@ -35,13 +77,11 @@ class ExpertMatrices(Protocol):
     def out_features(self) -> int:
         """N."""
 
-    def decode(self, expert: int | Tensor, k0: int, k1: int) -> Tensor:
-        """Rows ``k0:k1`` of one expert's ``e2m1 * sf`` as fp32 ``[k1 - k0, N]``; valid until the next call.
+    def slabs(self, expert: int | Tensor) -> Iterator[Slab]:
+        """One expert's matrix, decoded slab by slab from the first row of K to the last.
 
         Args:
             expert: local id, as an int or as a one-element integer tensor on the weights' device.
-            k0: first row, a multiple of 16.
-            k1: end row, a multiple of 16.
         """
 
 
@@ -82,14 +122,18 @@ def grouped_gemm(
         ``out``.
     """
     for r in ranges:
-        for k0 in range(0, matrices.in_features, K_SLAB):
-            k1 = min(k0 + K_SLAB, matrices.in_features)
-            w = matrices.decode(r.expert, k0, k1)
-            step = 1 if row_by_row else r.stop - r.start
-            for start in range(r.start, r.stop, step):
-                block, result = x[start : start + step, k0:k1], out[start : start + step]
-                if k0:
-                    result.addmm_(block, w)
-                else:
-                    torch.mm(block, w, out=result)
+        step = 1 if row_by_row else r.stop - r.start
+        if step <= FEW_ROWS:
+            parts = [slice(start, start + step) for start in range(r.start, r.stop, step)]
+            few = [(x[rows].view(step, -1, BLOCK).transpose(0, 1), out[rows]) for rows in parts]
+            for slab in matrices.slabs(r.expert):
+                for blocks, result in few:
+                    slab.multiply(blocks, result)
+            continue
+        rows, result = x[r.start : r.stop], out[r.start : r.stop]
+        for slab in matrices.slabs(r.expert):
+            if slab.start:
+                result.addmm_(rows[:, slab.start : slab.stop], slab.scaled())
+            else:
+                torch.mm(rows[:, : slab.stop], slab.scaled(), out=result)
     return out

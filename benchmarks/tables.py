@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Write the tables in README.md from the JSON files in ``benchmarks/results/``, or check that they agree.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between two comments, ``<!-- bench:cpu_layer -->`` and ``<!-- /bench -->``; everything between them is
+generated. Where there is no JSON file yet, there is nothing between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsv4.cli._modes import MODES
+from dsv4.cli._output import count_of, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_layer_table(document: dict[str, Any]) -> str:
+    """Markdown of ``cpu_layer.json``."""
+    ours = list(document["backend"])
+    weights = document["weight_bytes"]
+    rows = [["tokens a call", "Transformers, bf16", *(f"dsv4 {MODES[name].label}" for name in ours), "target"]]
+    for result in document["results"]:
+        times, peer = result["times"], result["peer"]
+        rows.append(
+            [
+                str(result["tokens"]),
+                f"{_milliseconds(times[peer])} (`{peer}`)",
+                *(f"{_milliseconds(times[name])} (**{result['ratios'][name]:.2f}x**)" for name in ours),
+                f"{result['ratio_target']:g}x",
+            ]
+        )
+    rows.append(
+        [
+            "weights",
+            f"{weights['peer'] / 1e6:.1f} MB",
+            *(f"{weights[name] / 1e6:.1f} MB (**{weights[name] / weights['peer']:.3f}x**)" for name in ours),
+            f"{document['weight_target']:g}x",
+        ]
+    )
+    versions = document["versions"]
+    calls = min(timing["calls"] for result in document["results"] for timing in result["times"].values())
+    source = (
+        f"Medians of at least {calls} calls over {document['inputs']} rotating inputs; {document['cpu']}, "
+        f"{count_of(document['threads'], 'thread')}, torch {versions['torch']}, Transformers "
+        f"{versions['transformers']}, commit {document['commit']}. Targets are the most that is allowed."
+    )
+    return f"{_markdown(rows)}\n\n{source}"
+
+
+def demo_table(document: dict[str, Any]) -> str:
+    """Markdown of ``demo.json``."""
+    rows = [["routed experts", "perplexity", "KL to bf16 [nats/token]", "same first choice", "bytes"]]
+    base = document["rows"][0]
+    for row in document["rows"]:
+        reference = row is base
+        change = "" if reference else f" ({row['perplexity'] / base['perplexity'] - 1:+.2%})"
+        rows.append(
+            [
+                MODES[row["mode"]].label if row["mode"] in MODES else row["mode"],
+                f"{row['perplexity']:.3f}{change}",
+                "-" if reference else f"{row['kl']:.5f}",
+                "-" if reference else f"{row['agreement']:.1%}",
+                f"{row['expert_bytes'] / 1e6:.2f} MB",
+            ]
+        )
+    return f"{_markdown(rows)}\n\n{document['tokens']:,} held-out tokens, in windows of {document['window']}."
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "bench:cpu_layer": ("cpu_layer.json", cpu_layer_table),
+    "demo": ("demo.json", demo_table),
+}
+"""Name in the opening comment -> JSON file, and what makes the table."""
+
+
+def render(readme: str, results: Path) -> str:
+    """``readme`` with every table made anew.
+
+    Raises:
+        ValueError: the comments of a table that has results are missing.
+    """
+    for name, (file, table) in TABLES.items():
+        path = results / file
+        content = f"{table(json.loads(path.read_text(encoding='utf-8')))}\n" if path.is_file() else ""
+        start, end = f"<!-- {name} -->", f"<!-- /{name.partition(':')[0]} -->"
+        block = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
+        if content and not block.search(readme):
+            raise ValueError(f"no {start} ... {end}, each on a line of its own, for the table of {path}")
+        readme = block.sub(partial(_fill, content), readme, count=1)
+    return readme
+
+
+def _fill(content: str, match: re.Match[str]) -> str:
+    return f"{match[1]}{content}{match[2]}"
+
+
+def _milliseconds(timing: dict[str, float]) -> str:
+    milliseconds = timing["median_us"] / 1e3
+    return f"{milliseconds:.0f} ms" if milliseconds >= 99.5 else f"{milliseconds:.3g} ms"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are not up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    before = args.readme.read_text(encoding="utf-8")
+    after = render(before, args.results)
+    if args.check and before != after:
+        sys.exit(f"{args.readme} does not agree with {args.results}: run python benchmarks/tables.py")
+    if not args.check:
+        write_text(args.readme, after)
+
+
+if __name__ == "__main__":
+    main()

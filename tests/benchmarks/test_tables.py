@@ -1,0 +1,102 @@
+"""Tables in README.md are what the results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = "# Title\n\n<!-- bench:cpu_layer -->\nold\n<!-- /bench -->\n\ntext\n\n<!-- demo -->\n<!-- /demo -->\n"
+
+
+def timing(median_us: float) -> dict[str, float]:
+    return {"median_us": median_us, "p10_us": median_us, "p90_us": median_us, "calls": 17}
+
+
+RESULTS = {
+    "commit": "0123456789ab",
+    "cpu": "Abacus 9",
+    "threads": 2,
+    "versions": {"torch": "2.99", "transformers": "5.99"},
+    "inputs": 8,
+    "backend": {"w4a16": "reference", "w4a4-token": "reference"},
+    "weight_bytes": {"w4a16": 281_000, "w4a4-token": 281_000, "peer": 1_000_000},
+    "weight_target": 0.3,
+    "results": [
+        {
+            "tokens": 32,
+            "peer": "eager",
+            "times": {"w4a16": timing(3000), "w4a4-token": timing(4500), "eager": timing(1500)},
+            "ratios": {"w4a16": 2.0, "w4a4-token": 3.0},
+            "ratio_target": 4.0,
+        }
+    ],
+}
+
+
+@pytest.fixture
+def tables(monkeypatch) -> Callable[..., str | None]:
+    """The script: ``tables(*arguments)`` gives what it has to complain about, None if nothing."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: str) -> str | None:
+        monkeypatch.setattr("sys.argv", ["tables.py", *arguments])
+        try:
+            module.main()
+        except SystemExit as end:
+            return str(end)
+        return None
+
+    return run
+
+
+@pytest.fixture
+def paths(tmp_path) -> tuple[Path, list[str]]:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    readme.write_text(README)
+    (results / "cpu_layer.json").write_text(json.dumps(RESULTS))
+    return readme, ["--readme", str(readme), "--results", str(results)]
+
+
+def test_readme_agrees_with_the_results(tables):
+    """The tables in README.md are the ones that the JSON files give: no number is there that nobody measured."""
+    assert tables("--check") is None
+
+
+def test_writing_and_checking(paths, tables):
+    """--check fails on a table that is out of date and changes nothing; writing makes it pass."""
+    readme, arguments = paths
+    assert tables("--check", *arguments) is not None
+    assert readme.read_text() == README
+    assert tables(*arguments) is None
+    assert tables("--check", *arguments) is None
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| 32 | 1.5 ms (`eager`) | 3 ms (**2.00x**) | 4.5 ms (**3.00x**) | 4x |" in text
+    assert "**0.281x**" in text
+    assert all(fact in text for fact in ("Abacus 9, 2 threads", "torch 2.99", "0123456789ab", "17 calls"))
+    assert text.startswith("# Title\n")
+    assert text.endswith("text\n\n<!-- demo -->\n<!-- /demo -->\n")
+
+
+def test_a_changed_number_is_noticed(paths, tables):
+    """A number edited by hand makes --check fail."""
+    readme, arguments = paths
+    tables(*arguments)
+    readme.write_text(readme.read_text().replace("2.00x", "1.00x"))
+    assert tables("--check", *arguments) is not None
+
+
+def test_missing_comments(paths, tables):
+    """Results without a place in the README are an error, not silence."""
+    readme, arguments = paths
+    readme.write_text("# Title\n")
+    with pytest.raises(ValueError, match="bench:cpu_layer"):
+        tables(*arguments)
