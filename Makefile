@@ -21,8 +21,11 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Minutes on a quiet machine; the tables in README.md are made from what it writes.
 bench: $(STAMP)
 	$(RUN) benchmarks/cpu_layer.py
+	$(RUN) benchmarks/cpu_layer.py --threads 1 --output benchmarks/results/cpu_layer_1_thread.json
+	$(RUN) benchmarks/tables.py
 
 # Repeats the training of the small model that ships in models/ (about half an hour on two cores).
 train: $(STAMP)

@@ -78,6 +78,7 @@ def demo_table(document: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:cpu_layer": ("cpu_layer.json", cpu_layer_table),
+    "bench:cpu_layer_1_thread": ("cpu_layer_1_thread.json", cpu_layer_table),
     "demo": ("demo.json", demo_table),
 }
 """Name in the opening comment -> JSON file, and what makes the table."""
