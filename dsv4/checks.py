@@ -12,7 +12,7 @@ from dsv4.errors import InputError
 
 def check_tensor(
     name: str,
-    tensor: Tensor,
+    tensor: object,
     dtypes: torch.dtype | Sequence[torch.dtype],
     shape: Sequence[int],
     device: torch.device | None = None,
@@ -22,6 +22,8 @@ def check_tensor(
     Raises:
         InputError: names the argument, what was found and what was expected.
     """
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in allowed:
         raise InputError(

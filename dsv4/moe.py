@@ -448,7 +448,7 @@ class Nvfp4MoE:
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_valid_tokens: Tensor | None
     ) -> None:
         cfg = self._config
-        tokens = hidden_states.shape[0] if hidden_states.dim() else 0
+        tokens = hidden_states.shape[0] if isinstance(hidden_states, Tensor) and hidden_states.dim() else 0
         check_tensor("hidden_states", hidden_states, torch.bfloat16, (tokens, cfg.hidden_size), self.device)
         check_tensor("topk_weights", topk_weights, torch.float32, (tokens, cfg.top_k), self.device)
         check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, cfg.top_k), self.device)

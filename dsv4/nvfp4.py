@@ -66,17 +66,13 @@ def encode_e2m1(x: Tensor) -> Tensor:
         uint8 ``[...]``, codes 0-15: round to nearest even, saturating at 6; the sign bit (8) is that of the input,
         zeros included. NaN gives magnitude 6: callers decide what a NaN means before this point.
     """
-    a = x.abs()
-    # Scalars, not a table: a table would be copied to the device, which synchronises. ">" sends a tie down, ">=" up.
-    code = (a > 0.25).to(torch.uint8)
-    code += a >= 0.75
-    code += a > 1.25
-    code += a >= 1.75
-    code += a > 2.5
-    code += a >= 3.5
-    code += a > 5.0
-    code += a.isnan() * 7
-    return code | (torch.signbit(x).to(torch.uint8) << 3)
+    a = torch.nan_to_num(x.abs(), nan=E2M1_MAX)
+    # The magnitudes are 0 to 4 halves, then 2 whole steps to 4, then a step of two to 6: in each stretch the code
+    # counts steps, and torch.round sends ties to the even one. (A table would be copied to the device: a host sync.)
+    code = (a * 2).round_().clamp_(max=4)
+    code += a.round().sub_(2).clamp_(0, 2)
+    code += (a * 0.5).round_().sub_(2).clamp_(0, 1)
+    return code.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +99,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def finite_row_amax(x: Tensor) -> Tensor:
     """``max |x|`` of each row, 0 for a row that holds a NaN or Inf: ``[..., K]`` -> fp32 ``[...]``."""
     amax = x.abs().amax(dim=-1).float()
-    return torch.where(amax.isfinite(), amax, 0.0)
+    return torch.where(amax < torch.inf, amax, 0.0)  # false for NaN too
 
 
 def global_scale(amax: Tensor, divisor: float = GS_DIVISOR) -> Tensor:
@@ -132,7 +128,7 @@ def _blocks(x: Tensor) -> Tensor:
 def _encode_blocks(blocks: Tensor, sf: Tensor, gs: Tensor) -> Tensor:
     """Codes of ``blocks [..., B, 16]`` under ``sf`` (e4m3 ``[..., B]``); ``gs`` broadcasts against ``sf``."""
     step = sf.float() * gs
-    usable = step.isfinite() & (step > 0)  # false for sf = 0 and for the NaN of a non-finite block
+    usable = (step > 0) & (step < torch.inf)  # false for sf = 0 and for the NaN of a non-finite block
     step = torch.where(usable, step, 1.0).unsqueeze(-1)
     codes = encode_e2m1(blocks / step)
     return torch.where(usable.unsqueeze(-1), codes, 0)
@@ -143,7 +139,7 @@ def block_codes(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x)
     amax = blocks.abs().amax(dim=-1)
     # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
-    scale = torch.where(amax.isfinite(), torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
+    scale = torch.where(amax < torch.inf, torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
     sf = scale.to(torch.float8_e4m3fn)
     return _encode_blocks(blocks, sf, gs), sf
 
@@ -174,7 +170,7 @@ def quantize_blocks_4_over_6(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     best_error: Tensor | None = None
     for factor in (1.0, 1.5):
         scale = torch.clamp(_divide(amax, E2M1_MAX) / gs * factor, max=E4M3_MAX)
-        sf = torch.where(amax.isfinite(), scale, torch.nan).to(torch.float8_e4m3fn)
+        sf = torch.where(amax < torch.inf, scale, torch.nan).to(torch.float8_e4m3fn)
         codes = _encode_blocks(blocks, sf, gs)
         # In units of gs: the squares of very small or large errors would leave fp32's range, and all would be ties.
         decoded = decode_e2m1(codes) * sf.float().unsqueeze(-1)

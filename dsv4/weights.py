@@ -54,7 +54,7 @@ class MoEWeights:
         check_tensor("l1_sf_stacked", l1_sf, torch.float8_e4m3fn, (e, 2 * i, h // BLOCK))
         check_tensor("l2_fp4_stacked", l2_fp4, torch.uint8, (e, h, i // 2))
         check_tensor("l2_sf_stacked", l2_sf, torch.float8_e4m3fn, (e, h, i // BLOCK))
-        if tuple(l1_gs.shape) == (e,):
+        if isinstance(l1_gs, Tensor) and tuple(l1_gs.shape) == (e,):
             l1_gs = l1_gs.unsqueeze(1).expand(e, 2)
         check_tensor("l1_gs (gate, up)", l1_gs, torch.float32, (e, 2))
         check_tensor("l2_gs", l2_gs, torch.float32, (e,))

@@ -26,7 +26,6 @@ from dsv4.nvfp4 import (
     BLOCK,
     E2M1_VALUES,
     block_codes,
-    decode_e2m1,
     finite_row_amax,
     global_scale,
     pack_nibbles,
@@ -98,6 +97,7 @@ class ReferenceBackend:
 
     def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
         _pair_table(self.device)
+        _code_table(self.device)
 
     def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
         cfg = self.config
@@ -258,6 +258,12 @@ class _PairMatrices:
 
 
 @cache
+def _code_table(device: torch.device) -> Tensor:
+    """``[16]`` fp32: the value of every code."""
+    return torch.tensor(E2M1_VALUES, device=device)
+
+
+@cache
 def _pair_table(device: torch.device) -> Tensor:
     """``[1, 256]``: the two fp32 values of every byte, as one 8-byte element (complex64)."""
     values = torch.tensor([[E2M1_VALUES[byte & 0xF], E2M1_VALUES[byte >> 4]] for byte in range(256)])
@@ -290,7 +296,8 @@ def _quantized(x: Tensor, gs: Tensor) -> _Operand:
     """Quantize ``x [n, K]`` under one scale ``[1]`` or one a row (``[n]`` or ``[n, 1]``) and stage it for the GEMM."""
     gs = gs.reshape(-1, 1)
     codes, sf = block_codes(x, gs)
-    return _Operand((decode_e2m1(codes) * sf.float().unsqueeze(2)).flatten(1), gs)
+    values = _code_table(x.device)[codes.int()]
+    return _Operand(values.mul_(sf.float().unsqueeze(2)).flatten(1), gs)
 
 
 def _tensor_scale(x: Tensor, valid: Tensor) -> Tensor:
