@@ -134,14 +134,18 @@ def _encode_blocks(blocks: Tensor, sf: Tensor, gs: Tensor) -> Tensor:
     return torch.where(usable.unsqueeze(-1), codes, 0)
 
 
+def _codes_under(blocks: Tensor, amax: Tensor, scale: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the wanted block scales ``[..., B]`` to e4m3 and encode ``blocks [..., B, 16]`` under them."""
+    # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
+    sf = torch.where(amax < torch.inf, torch.clamp(scale, max=E4M3_MAX), torch.nan).to(torch.float8_e4m3fn)
+    return _encode_blocks(blocks, sf, gs), sf
+
+
 def block_codes(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_blocks` without packing: ``(codes uint8 [..., K/16, 16], sf float8_e4m3fn [..., K/16])``."""
     blocks = _blocks(x)
     amax = blocks.abs().amax(dim=-1)
-    # NaN is put in last and by hand: how a cast to e4m3 treats Inf and out-of-range values differs between devices.
-    scale = torch.where(amax < torch.inf, torch.clamp(_divide(amax, E2M1_MAX) / gs, max=E4M3_MAX), torch.nan)
-    sf = scale.to(torch.float8_e4m3fn)
-    return _encode_blocks(blocks, sf, gs), sf
+    return _codes_under(blocks, amax, _divide(amax, E2M1_MAX) / gs, gs)
 
 
 def quantize_blocks(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,25 +169,21 @@ def quantize_blocks_4_over_6(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_blocks` that chooses per block between its maximum at 6 and at 4: see the module docstring."""
     blocks = _blocks(x)
     amax = blocks.abs().amax(dim=-1)
-    best_codes: Tensor | None = None
-    best_sf: Tensor | None = None
-    best_error: Tensor | None = None
-    for factor in (1.0, 1.5):
-        scale = torch.clamp(_divide(amax, E2M1_MAX) / gs * factor, max=E4M3_MAX)
-        sf = torch.where(amax < torch.inf, scale, torch.nan).to(torch.float8_e4m3fn)
-        codes = _encode_blocks(blocks, sf, gs)
-        # In units of gs: the squares of very small or large errors would leave fp32's range, and all would be ties.
-        decoded = decode_e2m1(codes) * sf.float().unsqueeze(-1)
-        error = (decoded - blocks / gs.unsqueeze(-1)).square().sum(dim=-1)
-        if best_codes is None or best_sf is None or best_error is None:
-            best_codes, best_sf, best_error = codes, sf, error
-            continue
-        better = error < best_error  # strict: a tie, or a NaN, keeps the maximum at 6
-        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-        best_sf = torch.where(better, sf.view(torch.uint8), best_sf.view(torch.uint8)).view(torch.float8_e4m3fn)
-    assert best_codes is not None
-    assert best_sf is not None
-    return pack_nibbles(best_codes.flatten(-2)), best_sf
+    scale = _divide(amax, E2M1_MAX) / gs
+    # Errors in units of gs: the squares of very small or large ones would leave fp32's range, and all would be ties.
+    target = blocks / gs.unsqueeze(-1)
+
+    def candidate(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, sf = _codes_under(blocks, amax, scale, gs)
+        error = (decode_e2m1(codes) * sf.float().unsqueeze(-1) - target).square().sum(dim=-1)
+        return codes, sf, error
+
+    codes_6, sf_6, error_6 = candidate(scale)
+    codes_4, sf_4, error_4 = candidate(scale * 1.5)
+    take_4 = error_4 < error_6  # strict: a tie, or a NaN, keeps the maximum at 6
+    codes = torch.where(take_4.unsqueeze(-1), codes_4, codes_6)
+    sf = torch.where(take_4, sf_4.view(torch.uint8), sf_6.view(torch.uint8)).view(torch.float8_e4m3fn)
+    return pack_nibbles(codes.flatten(-2)), sf
 
 
 @dataclass(frozen=True)

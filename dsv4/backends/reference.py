@@ -104,9 +104,7 @@ class ReferenceBackend:
         buffers = self._views(scratch, routed.routing)
         weights = routed.topk_weights
 
-        hidden = routed.hidden_states
-        if cfg.route_weight == "input":
-            hidden = (hidden.float() * weights).to(torch.bfloat16)
+        hidden = self._weighted_input(routed)
         rows = self._gemm1_rows(hidden, routed) if cfg.quantizes_activations else _gather(hidden, routed.routing)
         activated = self._gemm1(packed, routed, rows, buffers)
         operand = self._gemm2_operand(activated, routed) if cfg.quantizes_activations else _Operand(activated.float())
@@ -115,14 +113,17 @@ class ReferenceBackend:
 
     def activation_amax(self, packed: Packed, routed: Routed, scratch: Tensor) -> tuple[Tensor, Tensor]:
         buffers = self._views(scratch, routed.routing)
-        hidden = routed.hidden_states
-        if self.config.route_weight == "input":
-            hidden = (hidden.float() * routed.topk_weights).to(torch.bfloat16)
-        rows = _gather(hidden, routed.routing)
+        rows = _gather(self._weighted_input(routed), routed.routing)
         activated = self._gemm1(packed, routed, rows, buffers)
         return _expert_amax(rows.values, routed.routing), _expert_amax(activated, routed.routing)
 
     # Stages, in the order of the pipeline.
+
+    def _weighted_input(self, routed: Routed) -> Tensor:
+        """The hidden states, bf16 ``[T, H]``, with the routing weight where it belongs to the input."""
+        if self.config.route_weight != "input":
+            return routed.hidden_states
+        return (routed.hidden_states.float() * routed.topk_weights).to(torch.bfloat16)
 
     def _gemm1_rows(self, hidden: Tensor, routed: Routed) -> _Operand:
         """Quantize GEMM 1's operand, each token once where its scale does not depend on the expert, and gather rows."""
