@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsv4.backends import InputScales, Packed, Routed, Verdict, choose, explain_all
+from dsv4.backends import Call, InputScales, Packed, Verdict, choose, explain_all
 from dsv4.checks import check_tensor, dtype_names, stack_experts
 from dsv4.config import ActivationFormat, ActivationScale, L1ScalePolicy, MoEConfig, RouteWeight
 from dsv4.errors import ConfigError, InputError, StateError
 from dsv4.nvfp4 import Nvfp4Tensor, global_scale
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
-from dsv4.ops.routing import checked_expert_map, local_expert_ids, route
+from dsv4.ops.routing import checked_expert_map
 from dsv4.weights import MoEWeights, per_expert_scales
 from dsv4.workspace import Workspace, default_workspace
 
@@ -306,7 +306,7 @@ class Nvfp4MoE:
         running = self._calibration_amax
         with self._workspace.exclusive():
             seen = self._backend.activation_amax(
-                packed, self._routed(hidden_states, topk_weights, topk_ids, None, None), scratch
+                packed, Call(hidden_states, topk_weights, topk_ids, self._expert_map), scratch
             )
         for amax, new in zip(running, seen, strict=True):
             torch.maximum(amax, new, out=amax)
@@ -333,8 +333,23 @@ class Nvfp4MoE:
             if not 1 <= budget <= most:
                 raise ConfigError(f"warmup: token budgets must be in 1 .. max_num_tokens = {most}, found {budget}")
         packed, scratch = self._ready()
-        self._backend.warmup(packed, scratch, token_budgets)
+        with self._workspace.exclusive():
+            self._backend.warmup(packed, scratch, [self._sample_call(budget) for budget in token_budgets])
         self._warm = True
+
+    def _sample_call(self, tokens: int) -> Call:
+        """Something to warm up with: every expert gets its share."""
+        cfg = self._config
+        slots = torch.arange(tokens * cfg.top_k, device=self.device).view(tokens, cfg.top_k)
+        ones = torch.ones(cfg.num_experts, device=self.device)
+        fixed = cfg.quantizes_activations and cfg.activation_scale in ("static", "calibrated")
+        return Call(
+            torch.ones(tokens, cfg.hidden_size, dtype=torch.bfloat16, device=self.device),
+            torch.ones(tokens, cfg.top_k, device=self.device),
+            slots % cfg.num_experts + cfg.experts_start_idx,
+            self._expert_map,
+            input_scales=InputScales.updated(None, ones, ones) if fixed else None,
+        )
 
     def run(
         self,
@@ -401,8 +416,8 @@ class Nvfp4MoE:
         scales = self._input_scales()
         if hidden_states.shape[0]:
             with self._workspace.exclusive():
-                routed = self._routed(hidden_states, topk_weights, topk_ids, scales, num_valid_tokens)
-                self._backend.run(packed, routed, scratch, out)
+                call = Call(hidden_states, topk_weights, topk_ids, self._expert_map, num_valid_tokens, scales)
+                self._backend.run(packed, call, scratch, out)
         return out
 
     def _ready(self) -> tuple[Packed, Tensor]:
@@ -411,18 +426,6 @@ class Nvfp4MoE:
         if self._scratch is None:
             self._scratch = self._workspace.reserve(self.workspace_nbytes)
         return self._packed, self._scratch
-
-    def _routed(
-        self,
-        hidden_states: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        scales: InputScales | None,
-        num_valid_tokens: Tensor | None,
-    ) -> Routed:
-        cfg = self._config
-        local = local_expert_ids(topk_ids, cfg.num_experts, cfg.experts_start_idx, self._expert_map, num_valid_tokens)
-        return Routed(hidden_states, topk_weights, route(local, cfg.num_experts, self._backend.row_tile), scales)
 
     def _input_scales(self) -> InputScales | None:
         """The scales fixed ahead, if this layer's mode uses any."""

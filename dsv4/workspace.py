@@ -31,9 +31,12 @@ class BufferPlan:
 
     Attributes:
         buffers: name -> (shape, dtype).
+        aliases: name -> (the buffer at whose start it begins, (shape, dtype)): buffers that are never in use at the
+            same time as those they lie over, from that one on.
     """
 
     buffers: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    aliases: Mapping[str, tuple[str, tuple[tuple[int, ...], torch.dtype]]] = field(default_factory=dict)
     offsets: Mapping[str, int] = field(init=False)
     nbytes: int = field(init=False)
 
@@ -43,13 +46,17 @@ class BufferPlan:
             offsets[name] = end
             size = math.prod(shape) * dtype.itemsize
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        for name, (first, (shape, dtype)) in self.aliases.items():
+            offsets[name] = offsets[first]
+            end = max(end, offsets[first] + math.prod(shape) * dtype.itemsize)
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "nbytes", end)
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The buffers as views of ``memory``, uint8 of at least ``nbytes``. Their contents are undefined."""
         result = {}
-        for name, (shape, dtype) in self.buffers.items():
+        layout = {**self.buffers, **{name: buffer for name, (_, buffer) in self.aliases.items()}}
+        for name, (shape, dtype) in layout.items():
             size = math.prod(shape) * dtype.itemsize
             result[name] = memory[self.offsets[name] :][:size].view(dtype).view(shape)
         return result

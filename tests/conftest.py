@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4.backends import BACKENDS
+from dsv4.config import MoEConfig
 
 hypothesis.settings.register_profile(
     "dsv4",
@@ -26,8 +27,11 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def _targets() -> Iterator[object]:
+    config = MoEConfig(8, 64, 32, top_k=2)
     for backend in BACKENDS:
         for device in DEVICES:
+            if not backend.explain(config, torch.device(device)).usable:
+                continue
             marks = [pytest.mark.gpu] if device == "cuda" else []
             yield pytest.param((backend.name, torch.device(device)), id=f"{backend.name}-{device}", marks=marks)
 

@@ -7,16 +7,17 @@ import os
 
 import torch
 
-from dsv4.backends.base import Backend, InputScales, Packed, Routed, Verdict
+from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
+from dsv4.backends.portable import PortableBackend
 from dsv4.backends.reference import ReferenceBackend
 from dsv4.config import MoEConfig
 from dsv4.errors import BackendError
 
-__all__ = ["BACKENDS", "Backend", "InputScales", "Packed", "Routed", "Verdict", "choose", "explain_all"]
+__all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "choose", "explain_all"]
 
 _log = logging.getLogger("dsv4")
 
-BACKENDS: tuple[type[Backend], ...] = (ReferenceBackend,)
+BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend)
 """In the order in which ``auto`` tries them: fastest first."""
 
 

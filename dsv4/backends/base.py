@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dsv4.config import MoEConfig
-from dsv4.ops.routing import Routing
 from dsv4.weights import MoEWeights
 
 
@@ -73,20 +72,24 @@ class InputScales:
 
 
 @dataclass(frozen=True)
-class Routed:
-    """One call's input with its routing.
+class Call:
+    """The input of one run, ``T >= 1``, checked.
 
     Attributes:
         hidden_states: bf16 ``[T, H]``.
         topk_weights: fp32 ``[T, k]``.
-        routing: where each slot goes.
+        topk_ids: int32 or int64 ``[T, k]``, global.
+        expert_map: int32 ``[global]`` -> local id or -1, or None for the configuration's contiguous range.
+        num_valid_tokens: integer ``[1]`` on the device, or None: tokens from there on are padding.
         input_scales: for static and calibrated activation scales, else None.
     """
 
     hidden_states: Tensor
     topk_weights: Tensor
-    routing: Routing
-    input_scales: InputScales | None
+    topk_ids: Tensor
+    expert_map: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    input_scales: InputScales | None = None
 
 
 class Backend(Protocol):
@@ -97,8 +100,6 @@ class Backend(Protocol):
     """
 
     name: str
-    row_tile: int
-    """Rows of an expert are padded to a multiple of this."""
 
     def __init__(self, config: MoEConfig, device: torch.device) -> None: ...
 
@@ -116,13 +117,13 @@ class Backend(Protocol):
     def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
         """Scratch for ``max_num_tokens``, from the capacity bound."""
 
-    def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
-        """Do everything that may compile or allocate, for these numbers of tokens."""
+    def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
+        """Do everything that may compile or allocate, for calls like these."""
 
-    def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
+    def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         """Write the combined expert output to ``out [T, H]``, using ``scratch`` (uint8 of :meth:`workspace_bytes`)."""
 
-    def activation_amax(self, packed: Packed, routed: Routed, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
         """Largest magnitudes that reach each expert's two GEMMs when activations are not quantized.
 
         Returns:

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import Packed, Routed, Verdict
+from dsv4.backends.base import Call, InputScales, Packed, Verdict
 from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import (
     BLOCK,
@@ -34,11 +34,21 @@ from dsv4.nvfp4 import (
 from dsv4.ops.activation import clamped_swiglu
 from dsv4.ops.combine import combine
 from dsv4.ops.grouped_gemm import K_SLAB, Slab, grouped_gemm, row_ranges
-from dsv4.ops.routing import Routing
+from dsv4.ops.routing import Routing, local_expert_ids, route
 from dsv4.weights import MoEWeights
 from dsv4.workspace import BufferPlan
 
 _PAIR = 2  # codes in a byte
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """A call whose slots have rows."""
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    routing: Routing
+    input_scales: InputScales | None
 
 
 class ReferenceBackend:
@@ -49,7 +59,6 @@ class ReferenceBackend:
     def __init__(self, config: MoEConfig, device: torch.device):
         self.config = config
         self.device = device
-        self.row_tile = _row_tile(device)
         self._plan = _plan(config, device)
         self._l1 = _ExpertLayout(0, config.hidden_size, 2 * config.intermediate_size)
         self._l2 = _ExpertLayout(self._l1.nbytes, config.intermediate_size, config.hidden_size)
@@ -95,12 +104,13 @@ class ReferenceBackend:
 
         return MoEWeights(*restore(self._l1), packed.l1_gs.clone(), *restore(self._l2), packed.l2_gs.clone())
 
-    def warmup(self, packed: Packed, scratch: Tensor, budgets: Sequence[int]) -> None:
+    def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         _pair_table(self.device)
         _code_table(self.device)
 
-    def run(self, packed: Packed, routed: Routed, scratch: Tensor, out: Tensor) -> None:
+    def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         cfg = self.config
+        routed = self._route(call)
         buffers = self._views(scratch, routed.routing)
         weights = routed.topk_weights
 
@@ -111,7 +121,8 @@ class ReferenceBackend:
         slot_rows = self._gemm2(packed, routed.routing, operand, buffers)
         combine(slot_rows, routed.routing.slot_row, weights if cfg.route_weight == "output" else None, out)
 
-    def activation_amax(self, packed: Packed, routed: Routed, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        routed = self._route(call)
         buffers = self._views(scratch, routed.routing)
         rows = _gather(self._weighted_input(routed), routed.routing)
         activated = self._gemm1(packed, routed, rows, buffers)
@@ -119,13 +130,21 @@ class ReferenceBackend:
 
     # Stages, in the order of the pipeline.
 
-    def _weighted_input(self, routed: Routed) -> Tensor:
+    def _route(self, call: Call) -> _Routed:
+        cfg = self.config
+        local = local_expert_ids(
+            call.topk_ids, cfg.num_experts, cfg.experts_start_idx, call.expert_map, call.num_valid_tokens
+        )
+        routing = route(local, cfg.num_experts, _row_tile(self.device))
+        return _Routed(call.hidden_states, call.topk_weights, routing, call.input_scales)
+
+    def _weighted_input(self, routed: _Routed) -> Tensor:
         """The hidden states, bf16 ``[T, H]``, with the routing weight where it belongs to the input."""
         if self.config.route_weight != "input":
             return routed.hidden_states
         return (routed.hidden_states.float() * routed.topk_weights).to(torch.bfloat16)
 
-    def _gemm1_rows(self, hidden: Tensor, routed: Routed) -> _Operand:
+    def _gemm1_rows(self, hidden: Tensor, routed: _Routed) -> _Operand:
         """Quantize GEMM 1's operand, each token once where its scale does not depend on the expert, and gather rows."""
         cfg, routing, scales = self.config, routed.routing, routed.input_scales
         if scales is not None and cfg.l1_scale_policy == "per_expert":
@@ -140,7 +159,7 @@ class ReferenceBackend:
             gs = _tensor_scale(hidden, served)
         return _gather_operand(_quantized(hidden, gs), routing)
 
-    def _gemm1(self, packed: Packed, routed: Routed, rows: _Operand, buffers: dict[str, Tensor]) -> Tensor:
+    def _gemm1(self, packed: Packed, routed: _Routed, rows: _Operand, buffers: dict[str, Tensor]) -> Tensor:
         """GEMM 1, global scales, clamped SwiGLU: bf16 ``[R, I]``."""
         cfg, routing = self.config, routed.routing
         matrices = _PairMatrices(packed.experts, self._l1, buffers)
@@ -157,7 +176,7 @@ class ReferenceBackend:
             weight = routed.topk_weights.reshape(-1)[routing.row_slot.clamp(min=0)].unsqueeze(1)
         return clamped_swiglu(gate, up, cfg.swiglu_limit, weight)
 
-    def _gemm2_operand(self, activated: Tensor, routed: Routed) -> _Operand:
+    def _gemm2_operand(self, activated: Tensor, routed: _Routed) -> _Operand:
         routing, scales = routed.routing, routed.input_scales
         if scales is not None:
             return _quantized(activated, _of_row(scales.l2, routing))

@@ -1,0 +1,294 @@
+"""The portable backend: every stage in Triton, bf16 tensor cores, any NVIDIA GPU from Ampere on.
+
+Tokens are staged once (bf16, or quantized and decoded again: the same bf16 tensor cores serve W4A4 and W4A16), gathered
+by GEMM 1's loads, and everything after that is indexed by slot: no buffer is padded, nothing is cleared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsv4.backends.base import Call, Packed, Verdict
+from dsv4.config import MoEConfig, capacity
+from dsv4.nvfp4 import finite_row_amax
+from dsv4.weights import MoEWeights
+from dsv4.workspace import BufferPlan
+
+if TYPE_CHECKING:
+    from dsv4.kernels.triton.grouped_gemm import GemmConfig
+    from dsv4.kernels.triton.routing import RoutingBuffers
+    from dsv4.kernels.triton.stages import ScaleSource
+
+MIN_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One line of the table: up to ``rows_per_expert`` slots for each expert on average.
+
+    Attributes:
+        rows_per_expert: the largest mean, ``T * k / E``, that this line serves.
+        gemm1: ``(block_m, block_n, num_warps, num_stages, programs_per_sm)`` of gate and up.
+        gemm2: the same of down; ``block_m`` is shared.
+    """
+
+    rows_per_expert: float
+    gemm1: tuple[int, int, int, int, int]
+    gemm2: tuple[int, int, int, int, int]
+
+
+TILINGS = (
+    Tiling(8, (16, 64, 4, 3, 3), (16, 64, 4, 4, 4)),
+    Tiling(16, (32, 64, 4, 3, 3), (32, 64, 4, 4, 4)),
+    Tiling(48, (64, 64, 4, 3, 2), (64, 64, 4, 4, 3)),
+    Tiling(float("inf"), (128, 64, 4, 3, 1), (128, 128, 8, 3, 1)),
+)
+
+
+class PortableBackend:
+    """See the module docstring; the interface is :class:`dsv4.backends.base.Backend`."""
+
+    name = "portable"
+
+    def __init__(self, config: MoEConfig, device: torch.device):
+        from dsv4.kernels.triton.grouped_gemm import Matrix
+
+        self.config = config
+        self.device = device
+        self._plan = _plan(config)
+        i, h = config.intermediate_size, config.hidden_size
+        self._l1 = Matrix(2 * i, h, 0)
+        self._l2 = Matrix(h, i, self._l1.end)
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    @classmethod
+    def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
+        if device.type != "cuda":
+            return Verdict(False, f"Triton kernels for NVIDIA GPUs, the device is {device.type}")
+        if not torch.cuda.is_available():
+            return Verdict(False, "torch sees no CUDA device")
+        if find_spec("triton") is None:
+            return Verdict(False, "Triton is not installed (pip install 'dsv4[cuda]')")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return Verdict(False, f"needs compute capability 8.0 for bf16 tensor cores, found {capability}")
+        return Verdict(True, "Triton, weights decoded in registers for bf16 tensor cores")
+
+    @classmethod
+    def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
+        return _plan(config).nbytes
+
+    def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
+        from dsv4.kernels.triton.packing import pack
+
+        e = self.config.num_experts
+        if into is None:
+            into = Packed(
+                experts=torch.empty(e, self._l2.end, dtype=torch.uint8, device=self.device),
+                l1_gs=torch.empty(e, 2, device=self.device),
+                l2_gs=torch.empty(e, device=self.device),
+            )
+        for matrix, fp4, sf in ((self._l1, weights.l1_fp4, weights.l1_sf), (self._l2, weights.l2_fp4, weights.l2_sf)):
+            ready = fp4.device == self.device and fp4.is_contiguous() and sf.is_contiguous()
+            step = e if ready else 1  # else the peak is one expert above the result
+            for first in range(0, e, step):
+                part = slice(first, first + step)
+                codes = fp4[part].to(self.device).contiguous()
+                scales = sf[part].to(self.device).contiguous().view(torch.uint8)
+                pack(codes, scales, matrix, into.experts[part])
+        into.l1_gs.copy_(weights.l1_gs)
+        into.l2_gs.copy_(weights.l2_gs)
+        return into
+
+    def unpack(self, packed: Packed) -> MoEWeights:
+        from dsv4.kernels.triton.packing import unpack
+
+        l1, l2 = unpack(packed.experts, self._l1), unpack(packed.experts, self._l2)
+        return MoEWeights(*l1, packed.l1_gs.clone(), *l2, packed.l2_gs.clone())
+
+    def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
+        for call in calls:
+            self.run(packed, call, scratch, call.hidden_states.new_empty(call.hidden_states.shape))
+
+    def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
+        from dsv4.kernels.triton.grouped_gemm import grouped_gemm
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
+
+        cfg, views = self.config, self._plan.views(scratch)
+        tokens = call.hidden_states.shape[0]
+        slots = tokens * cfg.top_k
+        gemm1, gemm2 = self._tiling(tokens)
+        tables = self._route(call, views, gemm1.block_m)
+        local = tables.local_ids
+        activated = self._gemm1(packed, call, views, tables, gemm1, quantize=cfg.quantizes_activations)
+
+        operand, operand_scale = activated, None
+        if cfg.quantizes_activations:
+            source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
+            operand_scale = views["act_scale"][:slots]
+            if source is ScaleSource.BATCH:
+                batch_amax(activated, local, tables.amax[1:], 1)
+            if cfg.fused_swiglu or source is ScaleSource.BATCH:
+                operand = views["act_staged"][:slots]
+                stage_rows(activated, operand, operand_scale, source=source, scale=scale, local_ids=local)
+        slot_rows = views["down"][:slots]
+        grouped_gemm(
+            operand, operand_scale, packed.experts, self._l2, packed.l2_gs, tables.tiles, slot_rows, gemm2,
+            slots_per_row=1, multiprocessors=self._multiprocessors,
+        )  # fmt: skip
+        combine(slot_rows, local, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k)
+
+    def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        views = self._plan.views(scratch)
+        config, _ = self._tiling(call.hidden_states.shape[0])
+        tables = self._route(call, views, config.block_m)
+        activated = self._gemm1(packed, call, views, tables, config, quantize=False)
+        hidden = call.hidden_states
+        if self.config.route_weight == "input":
+            hidden = (hidden.float() * call.topk_weights).to(torch.bfloat16)
+        by_slot = finite_row_amax(hidden).repeat_interleave(self.config.top_k, output_size=tables.local_ids.shape[0])
+        return self._expert_amax(by_slot, tables), self._expert_amax(finite_row_amax(activated), tables)
+
+    # Stages.
+
+    def _route(self, call: Call, views: dict[str, Tensor], row_tile: int) -> RoutingBuffers:
+        from dsv4.kernels.triton.grouped_gemm import TileMap
+        from dsv4.kernels.triton.routing import RoutingBuffers, route
+
+        cfg = self.config
+        slots = call.topk_ids.numel()
+        rows = capacity(slots, cfg.num_experts, row_tile)
+        tables = RoutingBuffers(
+            views["local_ids"][:slots],
+            TileMap(views["row_slot"][:rows], views["tile_expert"][: rows // row_tile], views["num_tiles"]),
+            views["hist"],
+            views["amax"],
+        )
+        route(
+            call.topk_ids, cfg.num_experts, row_tile, tables, start=cfg.experts_start_idx, expert_map=call.expert_map,
+            num_valid_tokens=call.num_valid_tokens,
+        )  # fmt: skip
+        return tables
+
+    def _gemm1(
+        self,
+        packed: Packed,
+        call: Call,
+        views: dict[str, Tensor],
+        tables: RoutingBuffers,
+        config: GemmConfig,
+        quantize: bool,
+    ) -> Tensor:
+        """Stage the tokens, multiply, SwiGLU: bf16 ``[S, I]``, or already staged where nothing is left to know."""
+        from dsv4.kernels.triton.grouped_gemm import grouped_gemm
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
+
+        cfg = self.config
+        tokens, slots = call.hidden_states.shape[0], call.topk_ids.numel()
+        x, x_scale, slots_per_row = call.hidden_states, None, cfg.top_k
+        input_weights = call.topk_weights if cfg.route_weight == "input" else None
+        if quantize:
+            scales = call.input_scales
+            per_slot = scales is not None and cfg.l1_scale_policy == "per_expert"
+            given = scales and (scales.l1 if per_slot else scales.l1_merged)
+            source, scale = self._scale_source(call, given, tables, 0)
+            if source is ScaleSource.BATCH:
+                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k)
+            rows = slots if per_slot else tokens
+            staged, x_scale = views["x_staged"][:rows], views["x_scale"][:rows]
+            stage_rows(
+                x, staged, x_scale, source=source, scale=scale, weights=input_weights,
+                local_ids=tables.local_ids if per_slot else None, slots_per_row=cfg.top_k if per_slot else 1,
+            )  # fmt: skip
+            x, slots_per_row = staged, 1 if per_slot else cfg.top_k
+        elif input_weights is not None:
+            staged = views["x_staged"][:tokens]
+            stage_rows(x, staged, views["x_scale"], source=ScaleSource.NONE, weights=input_weights)
+            x = staged
+
+        weights = call.topk_weights if cfg.route_weight == "before_down" else None
+        activated = views["act"][:slots]
+        if cfg.fused_swiglu:
+            grouped_gemm(
+                x, x_scale, packed.experts, self._l1, packed.l1_gs, tables.tiles, activated, config,
+                slots_per_row=slots_per_row, gated=True, limit=cfg.swiglu_limit, topk_weights=weights,
+                multiprocessors=self._multiprocessors,
+            )  # fmt: skip
+            return activated
+        gate_up = views["gate_up"][:slots]
+        grouped_gemm(
+            x, x_scale, packed.experts, self._l1, packed.l1_gs, tables.tiles, gate_up, config,
+            slots_per_row=slots_per_row, multiprocessors=self._multiprocessors,
+        )  # fmt: skip
+        source, scale = ScaleSource.NONE, None
+        if quantize:
+            source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
+            if source is ScaleSource.BATCH:  # the maximum is not known yet
+                source = ScaleSource.NONE
+        stage_rows(
+            gate_up, activated, views["act_scale"][:slots], source=source, scale=scale, local_ids=tables.local_ids,
+            swiglu=True, limit=cfg.swiglu_limit, weights=weights,
+        )  # fmt: skip
+        return activated
+
+    def _scale_source(
+        self, call: Call, given: Tensor | None, tables: RoutingBuffers, gemm: int
+    ) -> tuple[ScaleSource, Tensor | None]:
+        from dsv4.kernels.triton.stages import ScaleSource
+
+        if given is not None:
+            return (ScaleSource.GIVEN if given.numel() == 1 and gemm == 0 else ScaleSource.EXPERT), given
+        if self.config.activation_scale == "token":
+            return ScaleSource.ROW, None
+        return ScaleSource.BATCH, tables.amax[gemm:]
+
+    def _tiling(self, tokens: int) -> tuple[GemmConfig, GemmConfig]:
+        """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
+        from dsv4.kernels.triton.grouped_gemm import GemmConfig
+
+        mean = tokens * self.config.top_k / self.config.num_experts
+        tiling = next(t for t in TILINGS if mean <= t.rows_per_expert)
+        return GemmConfig(*tiling.gemm1), GemmConfig(*tiling.gemm2)
+
+    def _expert_amax(self, amax: Tensor, tables: RoutingBuffers) -> Tensor:
+        local = tables.local_ids.long()
+        amax = torch.where(local >= 0, amax, 0.0)
+        result = torch.zeros(self.config.num_experts, device=self.device)
+        return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
+
+
+def _plan(config: MoEConfig) -> BufferPlan:
+    from dsv4.kernels.triton.routing import CHUNK, num_bins
+
+    slots, e = config.max_slots, config.num_experts
+    h, i = config.hidden_size, config.intermediate_size
+    smallest = min(t.gemm1[0] for t in TILINGS)
+    rows = max(capacity(slots, e, t.gemm1[0]) for t in TILINGS)
+    per_slot = config.quantizes_activations and config.l1_scale_policy == "per_expert"
+    x_rows = slots if per_slot else config.max_num_tokens
+    staged = config.quantizes_activations or config.route_weight == "input"
+    late: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"down": ((slots, h), torch.bfloat16)}
+    if config.quantizes_activations:
+        late["act_staged"] = ((slots, i), torch.bfloat16)
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "local_ids": ((slots,), torch.int32),
+        "row_slot": ((rows,), torch.int32),
+        "tile_expert": ((capacity(slots, e, smallest) // smallest,), torch.int32),
+        "num_tiles": ((1,), torch.int32),
+        "hist": ((-(-slots // CHUNK) * num_bins(e),), torch.int32),
+        "amax": ((2,), torch.float32),
+        "x_scale": ((x_rows,), torch.float32),
+        "act_scale": ((slots,), torch.float32),
+        "x_staged": ((x_rows if staged else 0, h), torch.bfloat16),
+        "act": ((slots, i), torch.bfloat16),
+        **late,
+    }
+    # gate_up is dead before the last buffers are written, and shares their memory.
+    aliases = {"gate_up": ("down", ((slots, 2 * i), torch.float32))} if not config.fused_swiglu else {}
+    return BufferPlan(buffers, aliases)

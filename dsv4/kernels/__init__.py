@@ -1,0 +1,1 @@
+"""Device kernels, by the language they are written in. Nothing here knows about layers."""

@@ -1,0 +1,338 @@
+"""Grouped GEMM over NVFP4 weights: decode in registers, multiply on bf16 tensor cores, any NVIDIA GPU from Ampere on.
+
+**Operands are swapped.** A product has few tokens and many outputs, so the *weights* are the left operand, ``[BN, K]``,
+and the tokens the right one, ``[K, BM]``: Hopper's wgmma wants 64 rows of the left operand but takes any multiple of 8
+columns of the right one, and takes its left operand from registers, which is where decoding leaves it.
+
+**K order in a byte.** A checkpoint's byte holds neighbours along K. Unpacking that gives pairs that would have to be
+interleaved, across threads. Here a row is cut into blocks of 128 along K, and byte ``j`` of a block (64 bytes) holds
+code ``j`` in its low and code ``64 + j`` in its high nibble: low nibbles alone are one contiguous operand for the first
+64 values of K, high nibbles for the second. Two products follow one load, and nothing moves between threads.
+
+**Decoding** is exact. The three magnitude bits of a code, put where bf16 has the low bits of its exponent and the high
+bit of its mantissa, read as ``value * 2^-126`` (0.5 as a subnormal). The bits of an e4m3 scale, shifted by four, read
+as ``value * 2^-120``; two exact multiplications turn it into ``value * 2^117``. Their product is ``e2m1 * sf * 2^-9``,
+with at most 5 significant bits; the epilogue takes the factor out again with the global scales. No scale is assumed to
+be normal.
+
+**Schedule.** The grid is persistent: programs walk the tiles (row tile, output tile) that the routing kernel counted on
+the device; no launch depends on a token count. A row tile belongs to one expert; its rows name slots, whose token (or
+slot) rows are gathered by the loads themselves, and results are written at the slot. Padding rows name slot -1: nothing
+is read or written for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+K_BLOCK = 128
+"""Weights are padded to a multiple of this along K."""
+
+_HALF = tl.constexpr(64)
+_GROUPS = tl.constexpr(4)  # block scales in half a K block
+_UNSCALE = tl.constexpr(512.0)  # 2^9, what decoding leaves out
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How one product is tiled.
+
+    Attributes:
+        block_m: slots of a row tile.
+        block_n: outputs of a tile (of gate and of up each, when both are computed).
+        num_warps: warps of a program.
+        num_stages: depth of the load pipeline.
+        programs_per_sm: persistent programs for each multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@triton.jit
+def _scale(bits):
+    """e4m3 bits -> bf16, times 2^117."""
+    field = (bits.to(tl.uint16) << 4).to(tl.bfloat16, bitcast=True)
+    # Two steps: 2^237 is no bf16 number.
+    return field * tl.full((), 2.0**120, tl.bfloat16) * tl.full((), 2.0**117, tl.bfloat16)
+
+
+@triton.jit
+def _fields(q, ASM: tl.constexpr):
+    """Bytes of two codes -> bf16 ``(low, high)``, times 2^-126."""
+    if ASM:
+        # Four bytes at a time: each goes to the upper half of a 16-bit lane, where the sign of the high nibble stands
+        # right and its magnitude six bits too far left; the low nibble needs four more bits to the left first.
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, s, t;
+            prmt.b32 a, $4, 0, 0x1404;
+            prmt.b32 b, $4, 0, 0x3424;
+            shr.u32 s, a, 6;
+            and.b32 s, s, 0x01C001C0;
+            lop3.b32 $2, a, 0x80008000, s, 0xEA;
+            shr.u32 t, b, 6;
+            and.b32 t, t, 0x01C001C0;
+            lop3.b32 $3, b, 0x80008000, t, 0xEA;
+            shl.b32 a, a, 4;
+            shl.b32 b, b, 4;
+            shr.u32 s, a, 6;
+            and.b32 s, s, 0x01C001C0;
+            lop3.b32 $0, a, 0x80008000, s, 0xEA;
+            shr.u32 t, b, 6;
+            and.b32 t, t, 0x01C001C0;
+            lop3.b32 $1, b, 0x80008000, t, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [q],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = q.to(tl.uint16)
+        low = (((wide & 7) << 6) | ((wide & 8) << 12)).to(tl.bfloat16, bitcast=True)
+        high = (((wide & 0x70) << 2) | ((wide & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr, ASM: tl.constexpr, FP16: tl.constexpr):
+    """One K block of one operand: ``acc + decode(codes) @ x``."""
+    q = tl.load(codes)
+    low, high = _fields(q, ASM)
+    sf_low = _scale(tl.load(scales))
+    sf_high = _scale(tl.load(scales + _GROUPS))
+    low *= tl.broadcast_to(sf_low[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
+    high *= tl.broadcast_to(sf_high[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
+    if FP16:  # the interpreter multiplies fp16 operands right, bf16 ones wrong
+        acc = tl.dot(low.to(tl.float32), x_low.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(high.to(tl.float32), x_high.to(tl.float32), acc, input_precision="ieee")
+    acc = tl.dot(low, x_low, acc)
+    return tl.dot(high, x_high, acc)
+
+
+@triton.jit
+def _silu_product(gate, up, limit, HAS_LIMIT: tl.constexpr):
+    """Clamped SwiGLU in fp32. Comparisons that are false for NaN let it through."""
+    if HAS_LIMIT:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
+    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _grouped_gemm(
+    x,  # bf16 [rows, K]
+    x_scale,  # f32 [rows] or unused
+    experts,  # u8 [E, expert_bytes]
+    gs,  # f32 [E, 2] or [E]
+    topk_weights,  # f32 [S] or unused
+    row_slot,
+    tile_expert,
+    num_tiles,
+    out,
+    K,
+    K_padded,
+    N,
+    expert_bytes,
+    codes_offset,
+    scales_offset,
+    limit,
+    SLOTS_PER_ROW: tl.constexpr,  # slots that share a row of x: top_k, or 1
+    GATED: tl.constexpr,  # compute rows n (gate) and n + N (up), and write SwiGLU
+    TWO_SCALES: tl.constexpr,  # gs is [E, 2]: gate, then up
+    HAS_X_SCALE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    n_tiles = tl.cdiv(N, BN)
+    code_row = K_padded // 2
+    scale_row = K_padded // 16
+    total = tl.load(num_tiles) * n_tiles
+    j = tl.arange(0, _HALF)
+    g = tl.arange(0, _GROUPS)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        row_tile = tile // n_tiles
+        expert = tl.load(tile_expert + row_tile)
+        slot = tl.load(row_slot + row_tile * BM + tl.arange(0, BM))
+        valid = slot >= 0
+        x_row = tl.where(valid, slot // SLOTS_PER_ROW, 0)
+        n = (tile % n_tiles) * BN + tl.arange(0, BN)
+        n_safe = n if EVEN_N else tl.minimum(n, N - 1)
+        base = experts + expert.to(tl.int64) * expert_bytes
+        codes = base + codes_offset + n_safe[:, None] * code_row + j[None, :]
+        scales = base + scales_offset + n_safe[:, None] * scale_row + g[None, :]
+        x_ptr = x + x_row[None, :].to(tl.int64) * K + j[:, None]
+        acc = tl.zeros((BN, BM), tl.float32)
+        if GATED:
+            acc_up = tl.zeros((BN, BM), tl.float32)
+        for k in range(0, K_padded, 128):
+            if EVEN_K:
+                x_low = tl.load(x_ptr, mask=valid[None, :], other=0.0)
+                x_high = tl.load(x_ptr + _HALF, mask=valid[None, :], other=0.0)
+            else:
+                x_low = tl.load(x_ptr, mask=valid[None, :] & (k + j < K)[:, None], other=0.0)
+                x_high = tl.load(x_ptr + _HALF, mask=valid[None, :] & (k + _HALF + j < K)[:, None], other=0.0)
+            acc = _step(codes, scales, x_low, x_high, acc, BN, ASM, INTERPRETED)
+            if GATED:
+                acc_up = _step(
+                    codes + N * code_row, scales + N * scale_row, x_low, x_high, acc_up, BN, ASM, INTERPRETED
+                )
+            codes += _HALF
+            scales += 2 * _GROUPS
+            x_ptr += 128
+        mask = valid[None, :] if EVEN_N else valid[None, :] & (n < N)[:, None]
+        acc *= _UNSCALE
+        if HAS_X_SCALE:
+            x_gs = tl.load(x_scale + x_row)[None, :]
+            acc *= x_gs
+        if GATED:
+            acc_up *= _UNSCALE
+            if HAS_X_SCALE:
+                acc_up *= x_gs
+            result = _silu_product(
+                acc * tl.load(gs + 2 * expert), acc_up * tl.load(gs + 2 * expert + 1), limit, HAS_LIMIT
+            )
+            if HAS_WEIGHT:
+                result *= tl.load(topk_weights + tl.where(valid, slot, 0))[None, :]
+        elif TWO_SCALES:
+            up_half = (n >= N // 2).to(tl.int32)
+            result = acc * tl.load(gs + 2 * expert + up_half)[:, None]
+        else:
+            result = acc * tl.load(gs + expert)
+        out_ptr = out + tl.where(valid, slot, 0)[None, :].to(tl.int64) * N + n[:, None]
+        tl.store(out_ptr, result.to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where one projection of an expert stands in the packed bytes.
+
+    Attributes:
+        out_features: rows, gate and up together for the first projection.
+        in_features: K, a multiple of 16.
+        offset: first byte.
+    """
+
+    out_features: int
+    in_features: int
+    offset: int
+
+    @property
+    def padded_k(self) -> int:
+        """K, rounded up to :data:`K_BLOCK`."""
+        return -(-self.in_features // K_BLOCK) * K_BLOCK
+
+    @property
+    def scales_offset(self) -> int:
+        """First byte of the block scales."""
+        return self.offset + self.out_features * self.padded_k // 2
+
+    @property
+    def end(self) -> int:
+        """One past the last byte."""
+        return self.scales_offset + self.out_features * self.padded_k // 16
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """What the routing kernel leaves on the device.
+
+    Attributes:
+        row_slot: int32 ``[R]``, slot of each row, -1 for padding.
+        tile_expert: int32 ``[R / P]``, valid up to ``num_tiles``.
+        num_tiles: int32 ``[1]``.
+    """
+
+    row_slot: Tensor
+    tile_expert: Tensor
+    num_tiles: Tensor
+
+
+def grouped_gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    experts: Tensor,
+    matrix: Matrix,
+    gs: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    config: GemmConfig,
+    *,
+    slots_per_row: int,
+    gated: bool = False,
+    limit: float | None = None,
+    topk_weights: Tensor | None = None,
+    multiprocessors: int,
+    interpreted: bool = False,
+) -> None:
+    """Multiply every routed slot's row with its expert's matrix.
+
+    Args:
+        x: bf16 ``[rows, K]``, contiguous; slot s reads row ``s // slots_per_row``.
+        x_scale: fp32 ``[rows]``, multiplied into that row's results, or None.
+        experts: uint8 ``[E, bytes]``.
+        matrix: which part of them.
+        gs: fp32 ``[E]``, or ``[E, 2]`` for gate and up.
+        tiles: the schedule, with row tiles of ``config.block_m``.
+        out: ``[S, N]``, written at the slot: bf16 or fp32. With ``gated`` N is half the matrix's rows.
+        config: the tiling.
+        slots_per_row: see ``x``.
+        gated: apply clamped SwiGLU to the two halves.
+        limit: of SwiGLU.
+        topk_weights: fp32, ``S`` values, multiplied into SwiGLU's result before it is rounded.
+        multiprocessors: of the device.
+        interpreted: run by Triton's interpreter, on a CPU.
+    """
+    n = matrix.out_features // 2 if gated else matrix.out_features
+    n_tiles = -(-n // config.block_n)
+    programs = max(1, min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles))
+    _grouped_gemm[(programs,)](
+        x,
+        x_scale if x_scale is not None else gs,
+        experts,
+        gs,
+        topk_weights if topk_weights is not None else gs,
+        tiles.row_slot,
+        tiles.tile_expert,
+        tiles.num_tiles,
+        out,
+        matrix.in_features,
+        matrix.padded_k,
+        n,
+        experts.stride(0),
+        matrix.offset,
+        matrix.scales_offset,
+        limit or 0.0,
+        SLOTS_PER_ROW=slots_per_row,
+        GATED=gated,
+        TWO_SCALES=gs.dim() == 2,
+        HAS_X_SCALE=x_scale is not None,
+        HAS_WEIGHT=topk_weights is not None,
+        HAS_LIMIT=limit is not None,
+        EVEN_K=matrix.in_features == matrix.padded_k,
+        EVEN_N=n % config.block_n == 0,
+        BM=config.block_m,
+        BN=config.block_n,
+        ASM=not interpreted,
+        INTERPRETED=interpreted,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

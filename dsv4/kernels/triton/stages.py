@@ -1,0 +1,208 @@
+"""The memory-bound stages around the GEMMs: stage rows as GEMM operands, batch maximum, combine.
+
+A *staged* row is what the tensor cores multiply: plain bf16 in W4A16, ``e2m1 * sf`` in W4A4, which bf16 holds exactly;
+the row's global scale stands beside it and is applied in the GEMM's epilogue. A token is staged once and gathered by
+the GEMM's own loads, however many experts it goes to.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.triton.grouped_gemm import _silu_product
+from dsv4.kernels.triton.numerics import global_scale, quantize_block
+
+_BLOCK = tl.constexpr(16)
+
+
+class ScaleSource(IntEnum):
+    """Where a row's global scale comes from."""
+
+    NONE = 0
+    """The row is not quantized."""
+    ROW = 1
+    """Its own largest magnitude."""
+    GIVEN = 2
+    """One number for all rows."""
+    BATCH = 3
+    """The largest magnitude of the batch, one number."""
+    EXPERT = 4
+    """One number for each expert."""
+
+
+@triton.jit
+def _finite_amax(x):
+    """``max |x|`` of a row, 0 if it holds a NaN or Inf."""
+    bits = tl.abs(x).to(tl.uint32, bitcast=True).to(tl.int32)
+    amax = tl.max(tl.max(bits, axis=2), axis=1)  # magnitudes order as their bits do
+    return tl.where(amax < 0x7F800000, amax, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stage_rows(
+    x,  # bf16 [rows, K], or f32 [rows, 2K]: gate, then up
+    weights,  # f32 [slots]
+    scale,  # f32, by SOURCE
+    local_ids,  # i32 [slots]
+    out,  # bf16 [rows, K]
+    row_scale,  # f32 [rows]
+    K,
+    limit,
+    SOURCE: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BY_SLOT: tl.constexpr,  # rows are slots, and dropped ones are skipped
+    SLOTS_PER_ROW: tl.constexpr,  # input row = row // this
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if BY_SLOT:
+        expert = tl.load(local_ids + row)
+        if expert < 0:
+            return
+    else:
+        expert = 0
+    source = (row // SLOTS_PER_ROW).to(tl.int64)
+    column = tl.arange(0, BLOCKS)[None, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
+    mask = column < K
+    if SWIGLU:
+        gate = tl.load(x + source * 2 * K + column, mask=mask, other=0.0)
+        up = tl.load(x + source * 2 * K + K + column, mask=mask, other=0.0)
+        value = _silu_product(gate, up, limit, HAS_LIMIT)
+    else:
+        value = tl.load(x + source * K + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        value *= tl.load(weights + row)
+    if SWIGLU or HAS_WEIGHT:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    if SOURCE != 0:
+        if SOURCE == 1:
+            gs = tl.max(global_scale(_finite_amax(value)), axis=0)
+        elif SOURCE == 2:
+            gs = tl.load(scale)
+        elif SOURCE == 3:
+            gs = global_scale(tl.load(scale))
+        else:
+            gs = tl.load(scale + expert)
+        value, _codes, _sf, _bits = quantize_block(value, gs, 1, BLOCKS)
+        tl.store(row_scale + row, gs)
+    tl.store(out + row.to(tl.int64) * K + column, value.to(tl.bfloat16), mask=mask)
+
+
+def stage_rows(
+    x: Tensor,
+    out: Tensor,
+    row_scale: Tensor,
+    *,
+    source: ScaleSource,
+    scale: Tensor | None = None,
+    local_ids: Tensor | None = None,
+    slots_per_row: int = 1,
+    swiglu: bool = False,
+    limit: float | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """Stage rows for a GEMM.
+
+    Args:
+        x: bf16 ``[.., K]``, or with ``swiglu`` fp32 ``[.., 2K]``; output row r comes from row ``r // slots_per_row``.
+        out: bf16 ``[rows, K]``.
+        row_scale: fp32 ``[rows]``, written unless ``source`` is NONE.
+        source: of the global scale.
+        scale: what ``source`` reads.
+        local_ids: rows are slots: int32 ``[rows]``, those below 0 are skipped.
+        slots_per_row: see ``x``.
+        swiglu: apply clamped SwiGLU first.
+        limit: of SwiGLU.
+        weights: fp32 ``[rows]``, multiplied in before the one rounding to bf16.
+    """
+    rows, k = out.shape
+    blocks = triton.next_power_of_2(k // 16)
+    _stage_rows[(rows,)](
+        x,
+        weights if weights is not None else row_scale,
+        scale if scale is not None else row_scale,
+        local_ids if local_ids is not None else row_scale,
+        out,
+        row_scale,
+        k,
+        limit or 0.0,
+        SOURCE=int(source),
+        SWIGLU=swiglu,
+        HAS_LIMIT=limit is not None,
+        HAS_WEIGHT=weights is not None,
+        BY_SLOT=local_ids is not None,
+        SLOTS_PER_ROW=slots_per_row,
+        BLOCKS=blocks,
+        num_warps=max(1, min(8, blocks // 64)),
+    )
+
+
+@triton.jit
+def _batch_amax(x, local_ids, amax, K, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
+    row = tl.program_id(0)
+    served = False
+    for s in tl.static_range(SLOTS):
+        served = served | (tl.load(local_ids + row * SLOTS + s) >= 0)
+    if served:
+        column = tl.arange(0, BLOCKS)[None, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
+        value = tl.load(x + row.to(tl.int64) * K + column, mask=column < K, other=0.0).to(tl.float32)
+        # A maximum has no order: the atomic gives the same bits every time.
+        tl.atomic_max(amax, tl.max(_finite_amax(value), axis=0))
+
+
+def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int) -> None:
+    """Raise ``amax [1]`` to the largest magnitude of ``x [rows, K]``, bf16.
+
+    Rows that hold a NaN or Inf, or none of whose ``slots`` local ids is served, are left out.
+    """
+    rows, k = x.shape
+    blocks = triton.next_power_of_2(k // 16)
+    _batch_amax[(rows,)](x, local_ids, amax, k, SLOTS=slots, BLOCKS=blocks, num_warps=max(1, min(8, blocks // 64)))
+
+
+@triton.jit
+def _combine(slot_rows, local_ids, weights, out, H, TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < H
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        slot = token * TOP_K + k
+        served = tl.load(local_ids + slot) >= 0
+        # A dropped slot adds nothing, not 0 * its weight: that may be infinite, and its row was never written.
+        value = tl.load(slot_rows + slot.to(tl.int64) * H + column, mask=mask & served, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            value *= tl.load(weights + slot, mask=served, other=0.0)
+        acc += value
+    tl.store(out + token.to(tl.int64) * H + column, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: Tensor, top_k: int) -> None:
+    """``out[t] = sum_k weights[t, k] * slot_rows[t * k]`` in fp32, in the order of k, rounded once.
+
+    Args:
+        slot_rows: bf16 or fp32 ``[S, H]``; rows of dropped slots are not read.
+        local_ids: int32 ``[S]``, below 0 where dropped.
+        weights: fp32 ``[T, k]``, or None for ones.
+        out: ``[T, H]``.
+        top_k: k.
+    """
+    tokens, h = out.shape
+    block = min(1024, triton.next_power_of_2(h))
+    _combine[(tokens, triton.cdiv(h, block))](
+        slot_rows,
+        local_ids,
+        weights if weights is not None else local_ids,
+        out,
+        h,
+        TOP_K=top_k,
+        HAS_WEIGHT=weights is not None,
+        BLOCK=block,
+        num_warps=4,
+    )
