@@ -173,6 +173,7 @@ class Nvfp4MoE:
             )
         self._backend = type(self._backend)(config, self.device)
         self._config = config
+        self._scratch = None  # another setting may need more
 
     # Weights.
 

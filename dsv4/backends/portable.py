@@ -7,7 +7,7 @@ by GEMM 1's loads, and everything after that is indexed by slot: no buffer is pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,12 @@ class PortableBackend:
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
 
         cfg, views = self.config, self._plan.views(scratch)
+        if not out.is_contiguous():
+            dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self.run(packed, call, scratch, dense)
+            out.copy_(dense)
+            return
+        call = _dense(call)
         tokens = call.hidden_states.shape[0]
         slots = tokens * cfg.top_k
         gemm1, gemm2 = self._tiling(tokens)
@@ -128,24 +134,24 @@ class PortableBackend:
         local = tables.local_ids
         activated = self._gemm1(packed, call, views, tables, gemm1, quantize=cfg.quantizes_activations)
 
-        operand, operand_scale = activated, None
+        operand_scale = None
         if cfg.quantizes_activations:
             source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
             operand_scale = views["act_scale"][:slots]
             if source is ScaleSource.BATCH:
                 batch_amax(activated, local, tables.amax[1:], 1)
             if cfg.fused_swiglu or source is ScaleSource.BATCH:
-                operand = views["act_staged"][:slots]
-                stage_rows(activated, operand, operand_scale, source=source, scale=scale, local_ids=local)
-        slot_rows = views["down"][:slots]
+                stage_rows(activated, activated, operand_scale, source=source, scale=scale, local_ids=local)
+        slot_rows = self._slot_rows(views, slots)
         grouped_gemm(
-            operand, operand_scale, packed.experts, self._l2, packed.l2_gs, tables.tiles, slot_rows, gemm2,
+            activated, operand_scale, packed.experts, self._l2, packed.l2_gs, tables.tiles, slot_rows, gemm2,
             slots_per_row=1, multiprocessors=self._multiprocessors,
         )  # fmt: skip
         combine(slot_rows, local, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k)
 
     def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
         views = self._plan.views(scratch)
+        call = _dense(call)
         config, _ = self._tiling(call.hidden_states.shape[0])
         tables = self._route(call, views, config.block_m)
         activated = self._gemm1(packed, call, views, tables, config, quantize=False)
@@ -199,7 +205,7 @@ class PortableBackend:
             given = scales and (scales.l1 if per_slot else scales.l1_merged)
             source, scale = self._scale_source(call, given, tables, 0)
             if source is ScaleSource.BATCH:
-                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k)
+                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
             rows = slots if per_slot else tokens
             staged, x_scale = views["x_staged"][:rows], views["x_scale"][:rows]
             stage_rows(
@@ -248,6 +254,16 @@ class PortableBackend:
             return ScaleSource.ROW, None
         return ScaleSource.BATCH, tables.amax[gemm:]
 
+    def _slot_rows(self, views: dict[str, Tensor], slots: int) -> Tensor:
+        """GEMM 2's output ``[S, H]``: fp32, and bf16 only for calls so large that fp32 has no room.
+
+        Where a token's bits may not depend on its batch there is room for fp32 always.
+        """
+        down = views["down"]
+        if down.dtype == torch.float32 or 2 * slots > down.shape[0]:
+            return down[:slots]
+        return down[: 2 * slots].view(torch.float32).view(slots, -1)
+
     def _tiling(self, tokens: int) -> tuple[GemmConfig, GemmConfig]:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
         from dsv4.kernels.triton.grouped_gemm import GemmConfig
@@ -263,8 +279,18 @@ class PortableBackend:
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
 
 
+def _dense(call: Call) -> Call:
+    """The call with contiguous tensors: the same ones, where they are."""
+    return replace(
+        call,
+        hidden_states=call.hidden_states.contiguous(),
+        topk_weights=call.topk_weights.contiguous(),
+        topk_ids=call.topk_ids.contiguous(),
+    )
+
+
 def _plan(config: MoEConfig) -> BufferPlan:
-    from dsv4.kernels.triton.routing import CHUNK, num_bins
+    from dsv4.kernels.triton.routing import histogram_size
 
     slots, e = config.max_slots, config.num_experts
     h, i = config.hidden_size, config.intermediate_size
@@ -273,22 +299,19 @@ def _plan(config: MoEConfig) -> BufferPlan:
     per_slot = config.quantizes_activations and config.l1_scale_policy == "per_expert"
     x_rows = slots if per_slot else config.max_num_tokens
     staged = config.quantizes_activations or config.route_weight == "input"
-    late: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"down": ((slots, h), torch.bfloat16)}
-    if config.quantizes_activations:
-        late["act_staged"] = ((slots, i), torch.bfloat16)
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "local_ids": ((slots,), torch.int32),
         "row_slot": ((rows,), torch.int32),
         "tile_expert": ((capacity(slots, e, smallest) // smallest,), torch.int32),
         "num_tiles": ((1,), torch.int32),
-        "hist": ((-(-slots // CHUNK) * num_bins(e),), torch.int32),
+        "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),
         "x_scale": ((x_rows,), torch.float32),
         "act_scale": ((slots,), torch.float32),
         "x_staged": ((x_rows if staged else 0, h), torch.bfloat16),
         "act": ((slots, i), torch.bfloat16),
-        **late,
+        "down": ((slots, h), torch.float32 if config.batch_invariant else torch.bfloat16),
     }
-    # gate_up is dead before the last buffers are written, and shares their memory.
+    # gate_up is dead before down is written, and shares its memory.
     aliases = {"gate_up": ("down", ((slots, 2 * i), torch.float32))} if not config.fused_swiglu else {}
     return BufferPlan(buffers, aliases)

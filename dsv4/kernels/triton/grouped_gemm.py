@@ -57,9 +57,11 @@ class GemmConfig:
 
 
 @triton.jit
-def _scale(bits):
-    """e4m3 bits -> bf16, times 2^117."""
-    field = (bits.to(tl.uint16) << 4).to(tl.bfloat16, bitcast=True)
+def _scales(words):
+    """Four e4m3 scales in each 32-bit word, ``[BN]`` -> bf16 ``[BN, 4]``, times 2^117."""
+    # A negative zero is a zero: the sign goes.
+    bits = (words[:, None] >> (8 * tl.arange(0, _GROUPS))[None, :]) & 0x7F
+    field = (bits << 4).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     # Two steps: 2^237 is no bf16 number.
     return field * tl.full((), 2.0**120, tl.bfloat16) * tl.full((), 2.0**117, tl.bfloat16)
 
@@ -110,8 +112,9 @@ def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr, ASM: tl.constexpr
     """One K block of one operand: ``acc + decode(codes) @ x``."""
     q = tl.load(codes)
     low, high = _fields(q, ASM)
-    sf_low = _scale(tl.load(scales))
-    sf_high = _scale(tl.load(scales + _GROUPS))
+    # Words, not bytes: asynchronous copies move four bytes at least, and a load that is not one stalls every step.
+    sf_low = _scales(tl.load(scales))
+    sf_high = _scales(tl.load(scales + 1))
     low *= tl.broadcast_to(sf_low[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
     high *= tl.broadcast_to(sf_high[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
     if FP16:  # the interpreter multiplies fp16 operands right, bf16 ones wrong
@@ -143,7 +146,7 @@ def _grouped_gemm(
     num_tiles,
     out,
     K,
-    K_padded,
+    k_blocks,
     N,
     expert_bytes,
     codes_offset,
@@ -163,11 +166,10 @@ def _grouped_gemm(
     INTERPRETED: tl.constexpr,
 ):
     n_tiles = tl.cdiv(N, BN)
-    code_row = K_padded // 2
-    scale_row = K_padded // 16
+    code_row = k_blocks * _HALF  # bytes
+    scale_row = k_blocks * 2  # words
     total = tl.load(num_tiles) * n_tiles
     j = tl.arange(0, _HALF)
-    g = tl.arange(0, _GROUPS)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         row_tile = tile // n_tiles
         expert = tl.load(tile_expert + row_tile)
@@ -178,12 +180,12 @@ def _grouped_gemm(
         n_safe = n if EVEN_N else tl.minimum(n, N - 1)
         base = experts + expert.to(tl.int64) * expert_bytes
         codes = base + codes_offset + n_safe[:, None] * code_row + j[None, :]
-        scales = base + scales_offset + n_safe[:, None] * scale_row + g[None, :]
+        scales = (base + scales_offset).to(tl.pointer_type(tl.int32)) + n_safe * scale_row
         x_ptr = x + x_row[None, :].to(tl.int64) * K + j[:, None]
         acc = tl.zeros((BN, BM), tl.float32)
         if GATED:
             acc_up = tl.zeros((BN, BM), tl.float32)
-        for k in range(0, K_padded, 128):
+        for k in range(0, k_blocks * 128, 128):
             if EVEN_K:
                 x_low = tl.load(x_ptr, mask=valid[None, :], other=0.0)
                 x_high = tl.load(x_ptr + _HALF, mask=valid[None, :], other=0.0)
@@ -196,7 +198,7 @@ def _grouped_gemm(
                     codes + N * code_row, scales + N * scale_row, x_low, x_high, acc_up, BN, ASM, INTERPRETED
                 )
             codes += _HALF
-            scales += 2 * _GROUPS
+            scales += 2
             x_ptr += 128
         mask = valid[None, :] if EVEN_N else valid[None, :] & (n < N)[:, None]
         acc *= _UNSCALE
@@ -315,7 +317,7 @@ def grouped_gemm(
         tiles.num_tiles,
         out,
         matrix.in_features,
-        matrix.padded_k,
+        matrix.padded_k // K_BLOCK,
         n,
         experts.stride(0),
         matrix.offset,

@@ -33,24 +33,40 @@ def round_e4m3(x):
 
 
 @triton.jit
-def round_e2m1(x):
-    """fp32 -> ``(magnitude fp32, code uint8)`` of the nearest e2m1 value, ties to even, saturating; sign in bit 3."""
-    a = tl.abs(x)
-    # Each threshold is the midpoint of two neighbours; the even one of them decides between > and >=.
-    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
-    code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
-    half_steps = tl.where(code < 5, code, tl.where(code == 5, 6, tl.where(code == 6, 8, 12)))
-    sign = (x.to(tl.uint32, bitcast=True) >> 28) & 8
-    return half_steps.to(tl.float32) * 0.5, (code.to(tl.uint32) | sign).to(tl.uint8)
+def round_e2m1(a):
+    """fp32 magnitudes -> the nearest e2m1 magnitude as fp32, ties to even, saturating at 6. By integers, as above."""
+    bits = a.to(tl.uint32, bitcast=True)
+    above_one = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) & 0xFFC00000).to(tl.float32, bitcast=True)
+    below_one = (a + 4194304.0) - 4194304.0  # where fp32's own steps are 0.5
+    return tl.minimum(tl.where(a < 1.0, below_one, above_one), 6.0)
 
 
 @triton.jit
-def quantize_block(x, gs, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Quantize ``x [ROWS, BLOCKS, 16]`` fp32 under ``gs`` (broadcastable against ``[ROWS, BLOCKS]``).
+def code_of(value, x):
+    """The code of an e2m1 magnitude, with the sign of ``x``: uint8."""
+    # 1, 1.5, 2, 3, 4, 6 are consecutive in exponent and top mantissa bit; 0.5 and 0 stand below.
+    field = (value.to(tl.uint32, bitcast=True) >> 22) - 252
+    magnitude = tl.where(value < 1.0, (value * 2.0).to(tl.uint32), field)
+    return (magnitude | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)).to(tl.uint8)
+
+
+@triton.jit
+def divide_by(x, divisor, reciprocal):
+    """``x / divisor``, rounded to nearest, where ``reciprocal`` is ``1 / divisor`` rounded to nearest.
+
+    One correction of the product by its exact remainder. Source: Markstein, "Computation of elementary functions on the
+    IBM RISC System/6000 processor", theorem 8.3.
+    """
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@triton.jit
+def quantize_block(x, gs):
+    """Quantize ``x [rows, blocks, 16]`` fp32 under ``gs`` (broadcastable against ``[rows, blocks]``).
 
     Returns:
-        ``(values, codes, sf, sf_bits)``: ``e2m1 * sf`` fp32 with NaN for a non-finite block, uint8 codes, the scale and
-        its bits.
+        ``(values, codes, sf_bits)``: ``e2m1 * sf`` fp32 with NaN for a non-finite block, uint8 codes, the scale's bits.
     """
     a = tl.abs(x)
     nonfinite = ((a.to(tl.uint32, bitcast=True)) >= 0x7F800000).to(tl.int32)
@@ -61,11 +77,11 @@ def quantize_block(x, gs, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     step = sf * gs
     usable = (step > 0) & (step < float("inf")) & (bad == 0)
     divisor = tl.where(usable, step, 1.0)
-    magnitude, codes = round_e2m1(tl.div_rn(x, tl.broadcast_to(divisor[:, :, None], (ROWS, BLOCKS, 16))))
-    keep = usable[:, :, None]
-    codes = tl.where(keep, codes, 0)
-    value = tl.where(keep, magnitude, 0.0) * sf[:, :, None]
-    value = tl.where(codes >= 8, -value, value)
-    nan = float("nan")
-    sf_bits = tl.where(bad, 0x7F, sf_bits.to(tl.int32)).to(tl.uint8)
-    return tl.where(bad[:, :, None], nan, value), codes, tl.where(bad, nan, sf), sf_bits
+    reciprocal = tl.div_rn(1.0, divisor)
+    magnitude = round_e2m1(divide_by(a, divisor[:, :, None], reciprocal[:, :, None]))
+    codes = tl.where(usable[:, :, None], code_of(magnitude, x), 0)
+    # A block that keeps no codes is zero, or NaN. Finite numbers times zero keep their sign, and it does not matter.
+    factor = tl.where(bad, float("nan"), tl.where(usable, sf, 0.0))
+    value = magnitude * factor[:, :, None]
+    value = tl.where(x < 0, -value, value)
+    return value, codes, tl.where(bad, 0x7F, sf_bits.to(tl.int32)).to(tl.uint8)

@@ -20,7 +20,8 @@ from torch import Tensor
 from dsv4.config import capacity
 from dsv4.kernels.triton.grouped_gemm import TileMap
 
-CHUNK = 512
+SMALL_CHUNK, CHUNK, LARGE_CHUNK = 64, 128, 256
+_MANY_SLOTS = 8192
 _COLUMN = tl.constexpr(32)
 _FILL = tl.constexpr(1024)
 
@@ -168,6 +169,19 @@ class RoutingBuffers:
     amax: Tensor
 
 
+def chunk_size(slots: int) -> int:
+    """Slots of a chunk: ranking costs its square, reading the histograms the square of the number of chunks."""
+    if slots <= SMALL_CHUNK:
+        return SMALL_CHUNK
+    return CHUNK if slots <= _MANY_SLOTS else LARGE_CHUNK
+
+
+def histogram_size(slots: int, num_experts: int) -> int:
+    """int32 elements of scratch that any call of up to ``slots`` slots needs."""
+    chunks = max(triton.cdiv(min(slots, _MANY_SLOTS), CHUNK), triton.cdiv(slots, LARGE_CHUNK))
+    return chunks * num_bins(num_experts)
+
+
 def num_bins(num_experts: int) -> int:
     """Histogram bins: a power of two that holds every expert."""
     return max(32, triton.next_power_of_2(num_experts))
@@ -187,7 +201,8 @@ def route(
     slots = topk_ids.numel()
     rows = capacity(slots, num_experts, row_tile)
     bins = num_bins(num_experts)
-    chunks = triton.cdiv(slots, CHUNK)
+    chunk = chunk_size(slots)
+    chunks = triton.cdiv(slots, chunk)
     tiles = buffers.tiles
     flags = {
         "TOP_K": topk_ids.shape[1],
@@ -207,14 +222,11 @@ def route(
         _route_one_chunk[(1,)](
             *source, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
             *sizes, rows, rows // row_tile,
-            **flags, CHUNK=64 if slots <= 64 else CHUNK, P=row_tile, num_warps=8,
+            **flags, CHUNK=chunk, P=row_tile, num_warps=8,
         )  # fmt: skip
         return
-    _count[(chunks,)](*source, buffers.hist, buffers.amax, *sizes, **flags, CHUNK=CHUNK, num_warps=4)
+    _count[(chunks,)](*source, buffers.hist, buffers.amax, *sizes, **flags, CHUNK=chunk, num_warps=4)
     _place[(chunks,)](
         buffers.local_ids, buffers.hist, tiles.row_slot, tiles.tile_expert, tiles.num_tiles, slots, rows,
-        rows // row_tile, chunks, BINS=bins, CHUNK=CHUNK, P=row_tile, BLOCK_C=8, num_warps=8,
+        rows // row_tile, chunks, BINS=bins, CHUNK=chunk, P=row_tile, BLOCK_C=8, num_warps=8,
     )  # fmt: skip
-
-
-__all__ = ["CHUNK", "RoutingBuffers", "num_bins", "route"]

@@ -89,9 +89,15 @@ def _stage_rows(
             gs = global_scale(tl.load(scale))
         else:
             gs = tl.load(scale + expert)
-        value, _codes, _sf, _bits = quantize_block(value, gs, 1, BLOCKS)
+        value, _codes, _bits = quantize_block(value, gs)
         tl.store(row_scale + row, gs)
+    tl.debug_barrier()  # ``out`` may be ``x``: nothing is written before every thread has read
     tl.store(out + row.to(tl.int64) * K + column, value.to(tl.bfloat16), mask=mask)
+
+
+def _warps(blocks: int) -> int:
+    """Warps for a row of so many blocks: eight values for each thread."""
+    return max(1, min(16, blocks // 16))
 
 
 def stage_rows(
@@ -111,7 +117,7 @@ def stage_rows(
 
     Args:
         x: bf16 ``[.., K]``, or with ``swiglu`` fp32 ``[.., 2K]``; output row r comes from row ``r // slots_per_row``.
-        out: bf16 ``[rows, K]``.
+        out: bf16 ``[rows, K]``; may be ``x`` itself.
         row_scale: fp32 ``[rows]``, written unless ``source`` is NONE.
         source: of the global scale.
         scale: what ``source`` reads.
@@ -139,12 +145,12 @@ def stage_rows(
         BY_SLOT=local_ids is not None,
         SLOTS_PER_ROW=slots_per_row,
         BLOCKS=blocks,
-        num_warps=max(1, min(8, blocks // 64)),
+        num_warps=_warps(blocks),
     )
 
 
 @triton.jit
-def _batch_amax(x, local_ids, amax, K, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
+def _batch_amax(x, weights, local_ids, amax, K, SLOTS: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr):
     row = tl.program_id(0)
     served = False
     for s in tl.static_range(SLOTS):
@@ -152,18 +158,30 @@ def _batch_amax(x, local_ids, amax, K, SLOTS: tl.constexpr, BLOCKS: tl.constexpr
     if served:
         column = tl.arange(0, BLOCKS)[None, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
         value = tl.load(x + row.to(tl.int64) * K + column, mask=column < K, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            value = (value * tl.load(weights + row)).to(tl.bfloat16).to(tl.float32)
         # A maximum has no order: the atomic gives the same bits every time.
         tl.atomic_max(amax, tl.max(_finite_amax(value), axis=0))
 
 
-def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int) -> None:
-    """Raise ``amax [1]`` to the largest magnitude of ``x [rows, K]``, bf16.
+def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: Tensor | None = None) -> None:
+    """Raise ``amax [1]`` to the largest magnitude of ``x [rows, K]``, bf16, or of ``x * weights [rows]`` in bf16.
 
     Rows that hold a NaN or Inf, or none of whose ``slots`` local ids is served, are left out.
     """
     rows, k = x.shape
     blocks = triton.next_power_of_2(k // 16)
-    _batch_amax[(rows,)](x, local_ids, amax, k, SLOTS=slots, BLOCKS=blocks, num_warps=max(1, min(8, blocks // 64)))
+    _batch_amax[(rows,)](
+        x,
+        weights if weights is not None else amax,
+        local_ids,
+        amax,
+        k,
+        SLOTS=slots,
+        HAS_WEIGHT=weights is not None,
+        BLOCKS=blocks,
+        num_warps=_warps(blocks),
+    )
 
 
 @triton.jit
