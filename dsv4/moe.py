@@ -100,6 +100,7 @@ class Nvfp4MoE:
             l1_scale_policy=l1_scale_policy,
         )
         self.device = _with_index(torch.device(device))
+        self._requested_backend = backend
         self._backend = choose(backend, self._config, self.device)(self._config, self.device)
         self._expert_map = checked_expert_map(expert_map, num_experts, self.device)
         self._workspace = workspace if workspace is not None else default_workspace(self.device)
@@ -224,9 +225,18 @@ class Nvfp4MoE:
                     "graphs would use the old scales. Pass l1_input_scale and l2_input_scale, or build a new layer"
                 )
             self._static_scales = None
+        if self._packed is None:
+            self._prove_backend()
         self._packed = self._backend.pack(weights, self._packed)
         # What was observed with the old weights says nothing about the new ones.
         self._calibration_amax = None
+
+    def _prove_backend(self) -> None:
+        """Before real weights are packed: settle on a backend that agrees with the reference on this device."""
+        proven = choose(self._requested_backend, self._config, self.device, proven=True)
+        if proven is not type(self._backend):
+            self._backend = proven(self._config, self.device)
+            self._scratch = None
 
     def _take_static_scales(self, l1: Tensor, l2: Tensor) -> None:
         low, high = l1.min().item(), l1.max().item()

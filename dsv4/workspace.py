@@ -11,6 +11,7 @@ A :class:`BufferPlan` says which buffers a backend wants; the workspace is one b
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class Workspace:
         self.device = torch.device(device)
         self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._busy = threading.Lock()
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +91,11 @@ class Workspace:
     def exclusive(self) -> Iterator[None]:
         """Hold the workspace for one run; two threads at once would overwrite each other's scratch.
 
+        With ``DSV4_DEBUG=1`` in the environment, two streams at once are caught as well: work that another stream has
+        not finished. (Not by default: it costs an event for each run. Graph replays cannot be seen.)
+
         Raises:
-            StateError: another thread is running a layer on this workspace.
+            StateError: another thread is running a layer on this workspace, or another stream still is.
         """
         if not self._busy.acquire(blocking=False):
             raise StateError(
@@ -98,9 +103,27 @@ class Workspace:
                 "(Nvfp4MoE(..., workspace=Workspace(device)))"
             )
         try:
+            debug = self.device.type == "cuda" and os.environ.get("DSV4_DEBUG") == "1"
+            if debug:
+                self._check_stream()
             yield
+            if debug and not torch.cuda.is_current_stream_capturing():
+                stream, event = torch.cuda.current_stream(self.device), torch.cuda.Event()
+                event.record(stream)
+                self._last = (stream, event)
         finally:
             self._busy.release()
+
+    def _check_stream(self) -> None:
+        if self._last is None or torch.cuda.is_current_stream_capturing():
+            return
+        stream, event = self._last
+        if stream != torch.cuda.current_stream(self.device) and not event.query():
+            raise StateError(
+                f"this workspace is in use by another stream ({stream}), whose layer has not finished: layers that run "
+                f"at the same time need a workspace each (Nvfp4MoE(..., workspace=Workspace(device))), or the streams "
+                f"must wait for one another"
+            )
 
 
 # The default of a device lives as long as a layer uses it.

@@ -9,8 +9,9 @@ import torch
 from layer_cases import MODES, build, inputs, on, poisoned
 from oracle import random_weights
 
-from dsv4 import StateError
+from dsv4 import BackendError, StateError
 from dsv4.backends import BACKENDS
+from dsv4.workspace import Workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +79,117 @@ def test_capture_before_warmup_is_refused(target):
     with pytest.raises(StateError, match="warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         moe.run(*args)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_run_allocates_nothing_but_the_result(target, mode):
+    """By the allocator's own count: no allocation with ``out=``, one without; any number of tokens, warmed or not."""
+    if target[0] == "reference":
+        pytest.skip("the reference makes torch temporaries")
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, max_num_tokens=64, **SCALES, **MODES[mode])
+    moe.warmup()
+    for tokens in (1, 5, 16, 33, 64):
+        args = on(target[1], *inputs(tokens, H, K, E))
+        out = poisoned(tokens, H, target[1])
+        moe.run(*args, out=out)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        moe.run(*args, out=out)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        result = moe.run(*args)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
+        assert torch.equal(result, out)
+
+
+def test_every_budget_replays(target):
+    """One graph for each of 1, 2, 4 ... 256 tokens, replayed in mixed order with fresh routings, gives eager's bits."""
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
+    moe.warmup()
+    graphs = {}
+    for budget in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        args = on(target[1], *inputs(budget, H, K, E))
+        out = poisoned(budget, H, target[1])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            moe.run(*args, out=out)
+        graphs[budget] = (graph, args, out)
+    for seed in (1, 2):
+        for graph, args, out in reversed(graphs.values()):
+            for old, new in zip(args, inputs(args[0].shape[0], H, K, E, seed=seed), strict=True):
+                old.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, moe.run(*args))
+
+
+def test_two_layers_on_two_streams(target):
+    """Layers with a workspace each run at the same time without disturbing each other."""
+    _, device = target
+    weights = random_weights(E, H, INTER, seed=1)
+    layers = [build(target, weights, top_k=K, activation_scale="token", workspace=Workspace(device)) for _ in range(2)]
+    calls = [on(device, *inputs(200, H, K, E, seed=seed)) for seed in (1, 2)]
+    want = [layer.run(*call) for layer, call in zip(layers, calls, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        got = []
+        for layer, call, stream in zip(layers, calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(layer.run(*call))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sharing_a_workspace_between_streams_is_caught(target, monkeypatch):
+    """With DSV4_DEBUG=1, a run on one workspace while another stream still uses it is refused."""
+    monkeypatch.setenv("DSV4_DEBUG", "1")
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
+    args = on(target[1], *inputs(T, H, K, E))
+    moe.run(*args)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        moe.run(*args)
+    with pytest.raises(StateError, match="stream"):
+        moe.run(*args)
+    torch.cuda.synchronize()
+    moe.run(*args)
+
+
+def test_compiled_with_cuda_graphs(target):
+    """``torch.compile(mode="reduce-overhead")`` gives eager's bits."""
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
+    moe.warmup()
+    compiled = torch.compile(lambda x, w, ids: moe.run(x * 2, w, ids) + 1, mode="reduce-overhead", fullgraph=True)
+    for seed in range(3):
+        x, w, ids = on(target[1], *inputs(T, H, K, E, seed=seed))
+        torch.compiler.cudagraph_mark_step_begin()
+        got = compiled(x, w, ids).clone()
+        assert torch.equal(got, moe.run(x * 2, w, ids) + 1)
+
+
+def test_a_failing_backend_is_passed_over(monkeypatch, caplog):
+    """A backend that disagrees with the reference is never given weights: the next takes over, with a warning."""
+    pytest.importorskip("triton")
+    from dsv4.backends import proof
+    from dsv4.backends.portable import PortableBackend
+
+    monkeypatch.setattr(proof, "_keep", lambda path, verdict: None)
+    monkeypatch.setattr(proof, "known", lambda backend, device: None)
+    run = PortableBackend.run
+
+    def wrong(self, packed, call, scratch, out):
+        run(self, packed, call, scratch, out)
+        out[0] *= 1.5
+
+    monkeypatch.setattr(PortableBackend, "run", wrong)
+    proof._proven.cache_clear()
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        moe = build(("auto", device), random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
+        assert moe.backend_name == "reference"
+        assert "self-check failed" in caplog.text
+        with pytest.raises(BackendError, match="self-check failed"):
+            build(("portable", device), random_weights(E, H, INTER, seed=1), top_k=K)
+    finally:
+        proof._proven.cache_clear()

@@ -9,6 +9,7 @@ import torch
 
 from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
 from dsv4.backends.portable import PortableBackend
+from dsv4.backends.proof import prove
 from dsv4.backends.reference import ReferenceBackend
 from dsv4.config import MoEConfig
 from dsv4.errors import BackendError
@@ -26,12 +27,14 @@ def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:
     return {backend.name: backend.explain(config, device) for backend in BACKENDS}
 
 
-def choose(requested: str, config: MoEConfig, device: torch.device) -> type[Backend]:
+def choose(requested: str, config: MoEConfig, device: torch.device, *, proven: bool = False) -> type[Backend]:
     """The backend to use.
 
     Args:
         requested: a backend's name, or ``"auto"`` for the first usable one; then the environment variable
             ``DSV4_BACKEND`` is asked first.
+        proven: on a GPU, let it pass its self-check first (:mod:`dsv4.backends.proof`); one that fails is passed over
+            with a warning, or refused if it was asked for by name.
 
     Raises:
         BackendError: the name is unknown, or what was asked for cannot run this; says why.
@@ -49,6 +52,14 @@ def choose(requested: str, config: MoEConfig, device: torch.device) -> type[Back
         if requested == backend.name and not verdict.usable:
             raise BackendError(f"{origin}{requested} cannot be used on {device}: {verdict.reason}")
         if requested in ("auto", backend.name) and verdict.usable:
+            if proven and device.type == "cuda" and backend is not ReferenceBackend:
+                proof = prove(backend, device)
+                if not proof.usable and requested == backend.name:
+                    raise BackendError(f"{origin}{requested} cannot be used on {device}: {proof.reason}")
+                if not proof.usable:
+                    _log.warning("backend %s is passed over on %s: %s", backend.name, device, proof.reason)
+                    verdicts[backend.name] = proof
+                    continue
             _log.info("backend %s on %s: %s", backend.name, device, verdict.reason)
             return backend
     reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())

@@ -202,7 +202,7 @@ class PortableBackend:
         if quantize:
             scales = call.input_scales
             per_slot = scales is not None and cfg.l1_scale_policy == "per_expert"
-            given = scales and (scales.l1 if per_slot else scales.l1_merged)
+            given = None if scales is None else scales.l1 if per_slot else scales.l1_merged
             source, scale = self._scale_source(call, given, tables, 0)
             if source is ScaleSource.BATCH:
                 batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)

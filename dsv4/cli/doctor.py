@@ -69,6 +69,13 @@ def _layer(name: str, device_name: str) -> dict[str, Any]:
         chosen = choose("auto", config, device)
     except BackendError as error:  # DSV4_BACKEND names one that cannot be used
         return entry | {"chosen": None, "problem": str(error)}
+    if device.type == "cuda":
+        from dsv4.backends import BACKENDS
+        from dsv4.backends.proof import known
+
+        entry["proofs"] = {b.name: proof.reason for b in BACKENDS if (proof := known(b, device)) is not None}
+        failed = [b.name for b in BACKENDS if (proof := known(b, device)) is not None and not proof.usable]
+        chosen = next((b for b in BACKENDS if b.name not in failed and verdicts[b.name]["usable"]), chosen)
     return entry | {
         "chosen": chosen.name,
         "workspace_bytes": chosen.workspace_bytes(config, device),
@@ -103,7 +110,9 @@ def _print(document: dict[str, Any]) -> None:
     for layer in document["layers"]:
         for backend, verdict in layer["backends"].items():
             usable = Text("yes", "green") if verdict["usable"] else Text("no", "red")
-            table.add_row(layer["layer"], layer["device"], backend, usable, verdict["reason"])
+            proof = layer.get("proofs", {}).get(backend)
+            reason = verdict["reason"] + (f"; {proof}" if proof else "")
+            table.add_row(layer["layer"], layer["device"], backend, usable, reason)
     screen.print(table)
 
     table = Table(title=f"One layer, calls of up to {document['max_num_tokens']} tokens", title_justify="left")

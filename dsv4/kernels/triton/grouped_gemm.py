@@ -67,51 +67,70 @@ def _scales(words):
 
 
 @triton.jit
-def _fields(q, ASM: tl.constexpr):
-    """Bytes of two codes -> bf16 ``(low, high)``, times 2^-126."""
+def _low_fields(q, ASM: tl.constexpr):
+    """Bytes of two codes -> the low ones as bf16, times 2^-126."""
     if ASM:
-        # Four bytes at a time: each goes to the upper half of a 16-bit lane, where the sign of the high nibble stands
-        # right and its magnitude six bits too far left; the low nibble needs four more bits to the left first.
-        low, high = tl.inline_asm_elementwise(
+        # Four bytes at a time, each in the middle of a 16-bit lane: magnitude at bit 6 to 8 needs two more to the left.
+        return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 a, b, s, t;
-            prmt.b32 a, $4, 0, 0x1404;
-            prmt.b32 b, $4, 0, 0x3424;
-            shr.u32 s, a, 6;
-            and.b32 s, s, 0x01C001C0;
-            lop3.b32 $2, a, 0x80008000, s, 0xEA;
-            shr.u32 t, b, 6;
-            and.b32 t, t, 0x01C001C0;
-            lop3.b32 $3, b, 0x80008000, t, 0xEA;
+            .reg .b32 a, b, s;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            shr.u32 s, a, 2;
             shl.b32 a, a, 4;
-            shl.b32 b, b, 4;
-            shr.u32 s, a, 6;
             and.b32 s, s, 0x01C001C0;
             lop3.b32 $0, a, 0x80008000, s, 0xEA;
-            shr.u32 t, b, 6;
-            and.b32 t, t, 0x01C001C0;
-            lop3.b32 $1, b, 0x80008000, t, 0xEA;
+            shr.u32 s, b, 2;
+            shl.b32 b, b, 4;
+            and.b32 s, s, 0x01C001C0;
+            lop3.b32 $1, b, 0x80008000, s, 0xEA;
             }
             """,
-            "=r,=r,=r,=r,r",
+            "=r,=r,r",
             [q],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            dtype=tl.bfloat16,
             is_pure=True,
             pack=4,
         )
-    else:
-        wide = q.to(tl.uint16)
-        low = (((wide & 7) << 6) | ((wide & 8) << 12)).to(tl.bfloat16, bitcast=True)
-        high = (((wide & 0x70) << 2) | ((wide & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
-    return low, high
+    wide = q.to(tl.uint16)
+    return (((wide & 7) << 6) | ((wide & 8) << 12)).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _high_fields(q, ASM: tl.constexpr):
+    """The same for the high ones."""
+    if ASM:
+        # In the upper half of a lane the sign stands right, and the magnitude six bits too far left.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, s;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            shr.u32 s, a, 6;
+            and.b32 s, s, 0x01C001C0;
+            lop3.b32 $0, a, 0x80008000, s, 0xEA;
+            shr.u32 s, b, 6;
+            and.b32 s, s, 0x01C001C0;
+            lop3.b32 $1, b, 0x80008000, s, 0xEA;
+            }
+            """,
+            "=r,=r,r",
+            [q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    wide = q.to(tl.uint16)
+    return (((wide & 0x70) << 2) | ((wide & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr, ASM: tl.constexpr, FP16: tl.constexpr):
     """One K block of one operand: ``acc + decode(codes) @ x``."""
     q = tl.load(codes)
-    low, high = _fields(q, ASM)
+    low, high = _low_fields(q, ASM), _high_fields(q, ASM)
     # Words, not bytes: asynchronous copies move four bytes at least, and a load that is not one stalls every step.
     sf_low = _scales(tl.load(scales))
     sf_high = _scales(tl.load(scales + 1))

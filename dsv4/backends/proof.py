@@ -1,0 +1,165 @@
+"""Proof before use: a GPU backend must agree with the reference on this very GPU before it is given real weights.
+
+Kernels are compiled for the machine they run on, by whatever compiler and driver it has; a combination that nobody
+tested can be wrong. So each tiling of a backend first multiplies small random weights, under random, skewed and
+half-empty routing, and is compared with the reference backend on the device. The verdict is kept on disk under
+everything it depends on: GPU, driver, versions and the source of the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv4.backends.base import Backend, Call, Verdict
+from dsv4.backends.reference import ReferenceBackend
+from dsv4.config import MoEConfig
+from dsv4.nvfp4 import BLOCK
+from dsv4.weights import MoEWeights
+
+TOLERANCE = 5e-3
+"""Relative L2 between two backends: each may be 3e-3 from the exact result, in independent directions."""
+
+_EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 8, 256, 128, 2
+_TOKENS = (1, 32, 64, 192, 512)
+"""With 8 experts and 2 choices these reach every line of the backends' tables."""
+
+
+def prove(backend: type[Backend], device: torch.device) -> Verdict:
+    """The verdict on ``backend``: from this process, from disk, or from running the check now."""
+    return _proven(backend, device)
+
+
+def known(backend: type[Backend], device: torch.device) -> Verdict | None:
+    """The verdict if it stands on disk; runs nothing."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(_path(backend, device).read_text())
+        return Verdict(bool(entry["usable"]), str(entry["reason"]))
+    return None
+
+
+@cache
+def _proven(backend: type[Backend], device: torch.device) -> Verdict:
+    verdict = known(backend, device)
+    if verdict is None:
+        verdict = _check(backend, device)
+        _keep(_path(backend, device), verdict)
+    return verdict
+
+
+def _check(backend: type[Backend], device: torch.device) -> Verdict:
+    worst = 0.0
+    for name, config in _configs():
+        try:
+            for what, got, want in _results(backend, config, device):
+                error = ((got - want).norm() / want.norm()).item()
+                worst = max(worst, error)
+                if not error <= TOLERANCE:  # false for NaN too
+                    return Verdict(False, f"self-check failed: {name}, {what}: {error:.1e} from the reference")
+        except Exception as error:  # whatever a compiler or driver throws is the verdict
+            return Verdict(False, f"self-check failed: {name}: {type(error).__name__}: {str(error)[:200]}")
+    return Verdict(True, f"self-check passed, at most {worst:.1e} from the reference")
+
+
+def _configs() -> Iterator[tuple[str, MoEConfig]]:
+    for name, form in (("W4A16", "bf16"), ("W4A4", "nvfp4")):
+        yield (
+            name,
+            MoEConfig(
+                _EXPERTS,
+                _HIDDEN,
+                _INTERMEDIATE,
+                max_num_tokens=max(_TOKENS),
+                top_k=_TOP_K,
+                activation_format=form,  # type: ignore[arg-type]
+                activation_scale="token",
+                swiglu_limit=2.0,
+            ),
+        )
+
+
+def _results(backend: type[Backend], config: MoEConfig, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """``(what, this backend's result, the reference's)`` for each kind of call."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights = _weights(config, device, generator)
+    runs = []
+    for cls in (backend, ReferenceBackend):
+        instance = cls(config, device)
+        scratch = torch.empty(cls.workspace_bytes(config, device), dtype=torch.uint8, device=device)
+        runs.append((instance, instance.pack(weights), scratch))
+    for tokens in _TOKENS:
+        x = torch.randn(tokens, _HIDDEN, device=device, generator=generator).bfloat16()
+        w = torch.rand(tokens, _TOP_K, device=device, generator=generator) + 0.1
+        ids = torch.rand(tokens, _EXPERTS, device=device, generator=generator).argsort(dim=1)[:, :_TOP_K]
+        half = ids % (_EXPERTS // 2)
+        half[1::2] = -1
+        for kind, routed in (("random", ids), ("skewed", torch.full_like(ids, 3)), ("half empty", half)):
+            outs = []
+            for instance, packed, scratch in runs:
+                out = torch.full((tokens, _HIDDEN), torch.nan, dtype=torch.bfloat16, device=device)
+                instance.run(packed, Call(x, w, routed.contiguous()), scratch, out)
+                outs.append(out.float())
+            yield f"{tokens} tokens, {kind}", outs[0], outs[1]
+
+
+def _weights(config: MoEConfig, device: torch.device, generator: torch.Generator) -> MoEWeights:
+    e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
+
+    def draw(n: int, k: int) -> tuple[Tensor, Tensor]:
+        codes = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device=device, generator=generator)
+        # Every e4m3 bit pattern from zero over the subnormals to 1.875.
+        sf = torch.randint(0, 0x40, (e, n, k // BLOCK), dtype=torch.uint8, device=device, generator=generator)
+        return codes, sf.view(torch.float8_e4m3fn)
+
+    gs = torch.rand(e, 3, device=device, generator=generator) * 0.1 + 0.05
+    return MoEWeights(*draw(2 * i, h), gs[:, :2].contiguous(), *draw(h, i), gs[:, 2].contiguous())
+
+
+def _path(backend: type[Backend], device: torch.device) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "dsv4" / "proof" / f"{backend.name}-{_key(device)}.json"
+
+
+def _key(device: torch.device) -> str:
+    """A digest of everything the verdict depends on."""
+    properties = torch.cuda.get_device_properties(device)
+    facts = [properties.name, f"{properties.major}.{properties.minor}", _driver(), torch.__version__]
+    try:
+        import triton
+
+        facts.append(triton.__version__)
+    except ImportError:
+        facts.append("no triton")
+    return hashlib.sha256("\n".join([*facts, _sources()]).encode()).hexdigest()[:24]
+
+
+def _driver() -> str:
+    """The kernel driver's own word, where it gives one."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return "unknown driver"
+
+
+@cache
+def _sources() -> str:
+    package = Path(__file__).parents[1]
+    files = sorted([*package.glob("kernels/**/*.py"), *package.glob("backends/*.py")])
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _keep(path: Path, verdict: Verdict) -> None:
+    """Write beside, then rename; a directory that cannot be written costs the next process a check, nothing more."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({"usable": verdict.usable, "reason": verdict.reason}, file)
+        os.replace(file.name, path)
