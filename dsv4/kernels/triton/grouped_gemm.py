@@ -4,10 +4,21 @@
 and the tokens the right one, ``[K, BM]``: Hopper's wgmma wants 64 rows of the left operand but takes any multiple of 8
 columns of the right one, and takes its left operand from registers, which is where decoding leaves it.
 
-**K order in a byte.** A checkpoint's byte holds neighbours along K. Unpacking that gives pairs that would have to be
-interleaved, across threads. Here a row is cut into blocks of 128 along K, and byte ``j`` of a block (64 bytes) holds
-code ``j`` in its low and code ``64 + j`` in its high nibble: low nibbles alone are one contiguous operand for the first
-64 values of K, high nibbles for the second. Two products follow one load, and nothing moves between threads.
+**K order in a word.** A row is cut into blocks of 128 along K, 64 bytes each; the 32-bit word ``q`` of a block holds
+codes ``4q .. 4q + 3`` (the *low* operand, the block's first 64 values of K) and ``64 + 4q .. 64 + 4q + 3`` (the *high*
+one). Either operand alone is contiguous along K: two products follow one load, and nothing moves between threads.
+
+**Bits in a word.** Decoding wants two codes at a time in the 16-bit lanes of a register: sign in bit 15, magnitude in
+bits 8 to 6, the rest zero. A plain nibble takes four instructions to get there. So the 32 bits of a word are placed
+such that most of them stand right after one rotation. In the lane of ``4q + i`` (lane ``i % 2``)::
+
+    low  0, 1    magnitude 8 7 6       sign 15                       mask
+    low  2, 3    magnitude 11 10 9     sign 2, in the other lane     rotate by 3, mask
+    high 0, 1    magnitude 14 13 12    sign 5, in the other lane     rotate by 6, mask
+    high 2, 3    magnitude 0 4 3       sign 1                        mask, multiply by 2^3 + 2^8 + 2^14, mask
+
+The multiplication moves the four remaining bits at once: no two of its partial products meet in a bit, so nothing
+carries. That is two instructions for two codes, one of eight of them off the integer pipe.
 
 **Decoding** is exact. The three magnitude bits of a code, put where bf16 has the low bits of its exponent and the high
 bit of its mantissa, read as ``value * 2^-126`` (0.5 as a subnormal). The bits of an e4m3 scale, shifted by four, read
@@ -67,78 +78,56 @@ def _scales(words):
 
 
 @triton.jit
-def _low_fields(q, ASM: tl.constexpr):
-    """Bytes of two codes -> the low ones as bf16, times 2^-126."""
-    if ASM:
-        # Four bytes at a time, each in the middle of a 16-bit lane: magnitude at bit 6 to 8 needs two more to the left.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, s;
-            prmt.b32 a, $2, 0, 0x1404;
-            prmt.b32 b, $2, 0, 0x3424;
-            shr.u32 s, a, 2;
-            shl.b32 a, a, 4;
-            and.b32 s, s, 0x01C001C0;
-            lop3.b32 $0, a, 0x80008000, s, 0xEA;
-            shr.u32 s, b, 2;
-            shl.b32 b, b, 4;
-            and.b32 s, s, 0x01C001C0;
-            lop3.b32 $1, b, 0x80008000, s, 0xEA;
-            }
-            """,
-            "=r,=r,r",
-            [q],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    wide = q.to(tl.uint16)
-    return (((wide & 7) << 6) | ((wide & 8) << 12)).to(tl.bfloat16, bitcast=True)
+def _low_fields(q):
+    """Bytes of packed words -> their low codes as bf16, times 2^-126: see the module docstring."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 r;
+        and.b32 $0, $2, 0x81C081C0;
+        shf.r.wrap.b32 r, $2, $2, 3;
+        and.b32 $1, r, 0x81C081C0;
+        }
+        """,
+        "=r,=r,r",
+        [q],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
-def _high_fields(q, ASM: tl.constexpr):
-    """The same for the high ones."""
-    if ASM:
-        # In the upper half of a lane the sign stands right, and the magnitude six bits too far left.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, s;
-            prmt.b32 a, $2, 0, 0x1404;
-            prmt.b32 b, $2, 0, 0x3424;
-            shr.u32 s, a, 6;
-            and.b32 s, s, 0x01C001C0;
-            lop3.b32 $0, a, 0x80008000, s, 0xEA;
-            shr.u32 s, b, 6;
-            and.b32 s, s, 0x01C001C0;
-            lop3.b32 $1, b, 0x80008000, s, 0xEA;
-            }
-            """,
-            "=r,=r,r",
-            [q],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    wide = q.to(tl.uint16)
-    return (((wide & 0x70) << 2) | ((wide & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
+def _high_fields(q):
+    """The same for the high codes."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 r;
+        shf.r.wrap.b32 r, $2, $2, 6;
+        and.b32 $0, r, 0x81C081C0;
+        and.b32 r, $2, 0x001B001B;
+        mul.lo.u32 r, r, 0x4108;
+        and.b32 $1, r, 0x81C081C0;
+        }
+        """,
+        "=r,=r,r",
+        [q],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
-def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr, ASM: tl.constexpr, FP16: tl.constexpr):
+def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr):
     """One K block of one operand: ``acc + decode(codes) @ x``."""
     q = tl.load(codes)
-    low, high = _low_fields(q, ASM), _high_fields(q, ASM)
     # Words, not bytes: asynchronous copies move four bytes at least, and a load that is not one stalls every step.
     sf_low = _scales(tl.load(scales))
     sf_high = _scales(tl.load(scales + 1))
-    low *= tl.broadcast_to(sf_low[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
-    high *= tl.broadcast_to(sf_high[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
-    if FP16:  # the interpreter multiplies fp16 operands right, bf16 ones wrong
-        acc = tl.dot(low.to(tl.float32), x_low.to(tl.float32), acc, input_precision="ieee")
-        return tl.dot(high.to(tl.float32), x_high.to(tl.float32), acc, input_precision="ieee")
+    low = _low_fields(q) * tl.broadcast_to(sf_low[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
+    high = _high_fields(q) * tl.broadcast_to(sf_high[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
     acc = tl.dot(low, x_low, acc)
     return tl.dot(high, x_high, acc)
 
@@ -181,8 +170,6 @@ def _grouped_gemm(
     EVEN_N: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    ASM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     n_tiles = tl.cdiv(N, BN)
     code_row = k_blocks * _HALF  # bytes
@@ -211,11 +198,9 @@ def _grouped_gemm(
             else:
                 x_low = tl.load(x_ptr, mask=valid[None, :] & (k + j < K)[:, None], other=0.0)
                 x_high = tl.load(x_ptr + _HALF, mask=valid[None, :] & (k + _HALF + j < K)[:, None], other=0.0)
-            acc = _step(codes, scales, x_low, x_high, acc, BN, ASM, INTERPRETED)
+            acc = _step(codes, scales, x_low, x_high, acc, BN)
             if GATED:
-                acc_up = _step(
-                    codes + N * code_row, scales + N * scale_row, x_low, x_high, acc_up, BN, ASM, INTERPRETED
-                )
+                acc_up = _step(codes + N * code_row, scales + N * scale_row, x_low, x_high, acc_up, BN)
             codes += _HALF
             scales += 2
             x_ptr += 128
@@ -302,7 +287,6 @@ def grouped_gemm(
     limit: float | None = None,
     topk_weights: Tensor | None = None,
     multiprocessors: int,
-    interpreted: bool = False,
 ) -> None:
     """Multiply every routed slot's row with its expert's matrix.
 
@@ -320,7 +304,6 @@ def grouped_gemm(
         limit: of SwiGLU.
         topk_weights: fp32, ``S`` values, multiplied into SwiGLU's result before it is rounded.
         multiprocessors: of the device.
-        interpreted: run by Triton's interpreter, on a CPU.
     """
     n = matrix.out_features // 2 if gated else matrix.out_features
     n_tiles = -(-n // config.block_n)
@@ -352,8 +335,6 @@ def grouped_gemm(
         EVEN_N=n % config.block_n == 0,
         BM=config.block_m,
         BN=config.block_n,
-        ASM=not interpreted,
-        INTERPRETED=interpreted,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
