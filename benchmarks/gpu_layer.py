@@ -95,9 +95,8 @@ def stage_us(layer: Nvfp4MoE, calls: list[Call]) -> float:
 
 def packing_rate(layer: Nvfp4MoE, weights: Weights) -> dict[str, float]:
     """Packing again, in place: weight bytes for each second, and the peak of memory above weights and result."""
-    arguments = (weights.l1.codes, weights.l1.sf, weights.l1.gs.flatten())
-    arguments += (weights.l2.codes, weights.l2.sf, weights.l2.gs.flatten())
-    checked = MoEWeights.checked(layer.config, *arguments)
+    l1, l2 = weights.l1, weights.l2
+    checked = MoEWeights.checked(layer.config, l1.codes, l1.sf, l1.gs.flatten(), l2.codes, l2.sf, l2.gs.flatten())
     assert layer._packed is not None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
