@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MIN_CAPABILITY = (8, 0)
 
+_FP32_SLOTS = 4096
+"""Calls of up to this many slots keep GEMM 2's rows in fp32, if the buffer sized for the largest call has room."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -260,12 +263,12 @@ class PortableBackend:
         return ScaleSource.BATCH, tables.amax[gemm:]
 
     def _slot_rows(self, views: dict[str, Tensor], slots: int) -> Tensor:
-        """GEMM 2's output ``[S, H]``: fp32, and bf16 only for calls so large that fp32 has no room.
+        """GEMM 2's output ``[S, H]``: fp32 for small calls, bf16 for large ones, where it halves combine's time.
 
-        Where a token's bits may not depend on its batch there is room for fp32 always.
+        Where a token's bits may not depend on its batch it is fp32 always.
         """
         down = views["down"]
-        if down.dtype == torch.float32 or 2 * slots > down.shape[0]:
+        if down.dtype == torch.float32 or slots > _FP32_SLOTS or 2 * slots > down.shape[0]:
             return down[:slots]
         return down[: 2 * slots].view(torch.float32).view(slots, -1)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4.config import capacity
 from dsv4.kernels.triton.grouped_gemm import TileMap
 
-SMALL_CHUNK, CHUNK, LARGE_CHUNK = 64, 128, 256
+SMALL_CHUNK, CHUNK, LARGE_CHUNK = 64, 128, 512
 _MANY_SLOTS = 8192
 _COLUMN = tl.constexpr(32)
 _FILL = tl.constexpr(1024)
