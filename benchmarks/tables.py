@@ -76,9 +76,35 @@ def demo_table(document: dict[str, Any]) -> str:
     return f"{_markdown(rows)}\n\n{document['tokens']:,} held-out tokens, in windows of {document['window']}."
 
 
+def gpu_layer_table(document: dict[str, Any]) -> str:
+    """Markdown of what ``gpu_layer.py`` writes."""
+    ours = list(document["backends"])
+    peers = document["peer"] is not None
+    head = ["tokens a call", "floor", *(f"dsv4 {MODES[name].label}" for name in ours)]
+    rows = [[*head, "Humming W4A16, faster mode"] if peers else head]
+    for result in document["results"]:
+        times = result["us"]
+        row = [str(result["tokens"]), f"{result['floor_us']:,.0f}"]
+        row += [f"{times[name]:,.0f} ({result['floor_us'] / times[name]:.0%})" for name in ours]
+        if peers:
+            best = min(time for name, time in times.items() if name.startswith("humming"))
+            row.append(f"{best:,.0f} (dsv4 {best / times['w4a16']:.2f}x its speed)")
+        rows.append(row)
+    versions = document["versions"]
+    source = (
+        f"Microseconds of one layer (share of the floor), {document['shape']}, {document['routing']} routing; "
+        f"{document['gpu']}, torch {versions['torch']}, Triton {versions['triton']}, backend "
+        f"{document['backends'][ours[0]]}, commit {document['commit']}."
+    )
+    return f"{_markdown(rows)}\n\n{source}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:cpu_layer": ("cpu_layer.json", cpu_layer_table),
     "bench:cpu_layer_1_thread": ("cpu_layer_1_thread.json", cpu_layer_table),
+    "bench:h200_v4_flash": ("h200_v4_flash.json", gpu_layer_table),
+    "bench:h200_v4_flash_zipf": ("h200_v4_flash_zipf.json", gpu_layer_table),
+    "bench:h200_v4_pro": ("h200_v4_pro.json", gpu_layer_table),
     "demo": ("demo.json", demo_table),
 }
 """Name in the opening comment -> JSON file, and what makes the table."""
