@@ -29,7 +29,7 @@ def decoded_lanes(words: np.ndarray) -> list[np.ndarray]:
 
 
 def test_decoding_gives_the_codes_that_unpacking_gives():
-    """For random words: register r holds codes 2r and 2r + 1 of the word's eight, each as sign and magnitude of a bf16."""
+    """For random words: register r holds codes 2r and 2r + 1 of eight, each as sign and magnitude of a bf16."""
     words = np.random.default_rng(0).integers(0, 2**32, (500, 16), dtype=np.uint32)
     codes = word_codes(torch.from_numpy(words.view(np.int32))).numpy().reshape(500, 2, 16, 4)  # half, word, code
     for register, lanes in enumerate(decoded_lanes(words)):
