@@ -183,7 +183,7 @@ def test_a_failing_backend_is_passed_over(monkeypatch, caplog):
         out[0] *= 1.5
 
     monkeypatch.setattr(PortableBackend, "run", wrong)
-    proof._proven.cache_clear()
+    proof.prove.cache_clear()
     try:
         device = torch.device("cuda", torch.cuda.current_device())
         moe = build(("auto", device), random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
@@ -192,4 +192,4 @@ def test_a_failing_backend_is_passed_over(monkeypatch, caplog):
         with pytest.raises(BackendError, match="self-check failed"):
             build(("portable", device), random_weights(E, H, INTER, seed=1), top_k=K)
     finally:
-        proof._proven.cache_clear()
+        proof.prove.cache_clear()

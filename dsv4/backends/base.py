@@ -41,6 +41,15 @@ class Packed:
     l1_gs: Tensor
     l2_gs: Tensor
 
+    @classmethod
+    def empty(cls, num_experts: int, expert_bytes: int, device: torch.device) -> Packed:
+        """Room for ``num_experts`` of ``expert_bytes`` each; contents undefined."""
+        return cls(
+            experts=torch.empty(num_experts, expert_bytes, dtype=torch.uint8, device=device),
+            l1_gs=torch.empty(num_experts, 2, device=device),
+            l2_gs=torch.empty(num_experts, device=device),
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, scales included."""

@@ -97,11 +97,7 @@ class PortableBackend:
 
         e = self.config.num_experts
         if into is None:
-            into = Packed(
-                experts=torch.empty(e, self._l2.end, dtype=torch.uint8, device=self.device),
-                l1_gs=torch.empty(e, 2, device=self.device),
-                l2_gs=torch.empty(e, device=self.device),
-            )
+            into = Packed.empty(e, self._l2.end, self.device)
         for matrix, fp4, sf in ((self._l1, weights.l1_fp4, weights.l1_sf), (self._l2, weights.l2_fp4, weights.l2_sf)):
             ready = fp4.device == self.device and fp4.is_contiguous() and sf.is_contiguous()
             step = e if ready else 1  # else the peak is one expert above the result

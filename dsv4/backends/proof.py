@@ -34,9 +34,14 @@ _TOKENS = (1, 32, 64, 192, 512)
 """With 8 experts and 2 choices these reach every line of the backends' tables."""
 
 
+@cache
 def prove(backend: type[Backend], device: torch.device) -> Verdict:
     """The verdict on ``backend``: from this process, from disk, or from running the check now."""
-    return _proven(backend, device)
+    verdict = known(backend, device)
+    if verdict is None:
+        verdict = _check(backend, device)
+        _keep(_path(backend, device), verdict)
+    return verdict
 
 
 def known(backend: type[Backend], device: torch.device) -> Verdict | None:
@@ -45,15 +50,6 @@ def known(backend: type[Backend], device: torch.device) -> Verdict | None:
         entry = json.loads(_path(backend, device).read_text())
         return Verdict(bool(entry["usable"]), str(entry["reason"]))
     return None
-
-
-@cache
-def _proven(backend: type[Backend], device: torch.device) -> Verdict:
-    verdict = known(backend, device)
-    if verdict is None:
-        verdict = _check(backend, device)
-        _keep(_path(backend, device), verdict)
-    return verdict
 
 
 def _check(backend: type[Backend], device: torch.device) -> Verdict:

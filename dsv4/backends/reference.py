@@ -78,12 +78,7 @@ class ReferenceBackend:
 
     def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
         if into is None:
-            nbytes = self._l1.nbytes + self._l2.nbytes
-            into = Packed(
-                experts=torch.empty(self.config.num_experts, nbytes, dtype=torch.uint8, device=self.device),
-                l1_gs=torch.empty(self.config.num_experts, 2, device=self.device),
-                l2_gs=torch.empty(self.config.num_experts, device=self.device),
-            )
+            into = Packed.empty(self.config.num_experts, self._l1.nbytes + self._l2.nbytes, self.device)
         for e in range(self.config.num_experts):  # one at a time: the peak is one expert above the result
             for layout, fp4, sf in (
                 (self._l1, weights.l1_fp4[e], weights.l1_sf[e]),

@@ -73,8 +73,9 @@ def _layer(name: str, device_name: str) -> dict[str, Any]:
         from dsv4.backends import BACKENDS
         from dsv4.backends.proof import known
 
-        entry["proofs"] = {b.name: proof.reason for b in BACKENDS if (proof := known(b, device)) is not None}
-        failed = [b.name for b in BACKENDS if (proof := known(b, device)) is not None and not proof.usable]
+        proofs = {b.name: proof for b in BACKENDS if (proof := known(b, device)) is not None}
+        entry["proofs"] = {name: proof.reason for name, proof in proofs.items()}
+        failed = [name for name, proof in proofs.items() if not proof.usable]
         chosen = next((b for b in BACKENDS if b.name not in failed and verdicts[b.name]["usable"]), chosen)
     return entry | {
         "chosen": chosen.name,

@@ -40,6 +40,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4.kernels.triton.numerics import silu_product
+from dsv4.ops.layouts import ceil_div, round_up
+
 K_BLOCK = 128
 """Weights are padded to a multiple of this along K."""
 
@@ -133,16 +136,6 @@ def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr):
 
 
 @triton.jit
-def _silu_product(gate, up, limit, HAS_LIMIT: tl.constexpr):
-    """Clamped SwiGLU in fp32. Comparisons that are false for NaN let it through."""
-    if HAS_LIMIT:
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, up)
-        up = tl.where(up < -limit, -limit, up)
-    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
 def _grouped_gemm(
     x,  # bf16 [rows, K]
     x_scale,  # f32 [rows] or unused
@@ -213,7 +206,7 @@ def _grouped_gemm(
             acc_up *= _UNSCALE
             if HAS_X_SCALE:
                 acc_up *= x_gs
-            result = _silu_product(
+            result = silu_product(
                 acc * tl.load(gs + 2 * expert), acc_up * tl.load(gs + 2 * expert + 1), limit, HAS_LIMIT
             )
             if HAS_WEIGHT:
@@ -244,7 +237,7 @@ class Matrix:
     @property
     def padded_k(self) -> int:
         """K, rounded up to :data:`K_BLOCK`."""
-        return -(-self.in_features // K_BLOCK) * K_BLOCK
+        return round_up(self.in_features, K_BLOCK)
 
     @property
     def scales_offset(self) -> int:
@@ -306,7 +299,7 @@ def grouped_gemm(
         multiprocessors: of the device.
     """
     n = matrix.out_features // 2 if gated else matrix.out_features
-    n_tiles = -(-n // config.block_n)
+    n_tiles = ceil_div(n, config.block_n)
     programs = max(1, min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles))
     _grouped_gemm[(programs,)](
         x,

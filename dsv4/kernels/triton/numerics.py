@@ -1,4 +1,4 @@
-"""NVFP4's numbers as Triton functions: the twins of :mod:`dsv4.nvfp4`, bit for bit."""
+"""NVFP4's numbers as Triton functions: the twins of :mod:`dsv4.nvfp4`, bit for bit; and SwiGLU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def global_scale(amax):
 
 @triton.jit
 def round_e4m3(x):
-    """fp32 in [0, 448] -> the nearest e4m3 value, ties to even: ``(value fp32, bits)``.
+    """fp32 in [0, 448] -> the nearest e4m3 value, ties to even, as fp32.
 
     By integers, since e4m3 has no conversion instruction before sm_89. Adding half a step (less one, plus the kept
     bit) to the bits of an fp32 number and cutting the rest rounds its mantissa to nearest even, exponent carry
@@ -24,12 +24,8 @@ def round_e4m3(x):
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
     normal = rounded.to(tl.float32, bitcast=True)
-    normal_code = (rounded >> 20) - (120 << 3)
-    shifted = x + 16384.0
-    subnormal = shifted - 16384.0
-    subnormal_code = shifted.to(tl.uint32, bitcast=True) & 0xF
-    tiny = x < 0.015625
-    return tl.where(tiny, subnormal, normal), tl.where(tiny, subnormal_code, normal_code).to(tl.uint8)
+    subnormal = (x + 16384.0) - 16384.0
+    return tl.where(x < 0.015625, subnormal, normal)
 
 
 @triton.jit
@@ -39,15 +35,6 @@ def round_e2m1(a):
     above_one = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) & 0xFFC00000).to(tl.float32, bitcast=True)
     below_one = (a + 4194304.0) - 4194304.0  # where fp32's own steps are 0.5
     return tl.minimum(tl.where(a < 1.0, below_one, above_one), 6.0)
-
-
-@triton.jit
-def code_of(value, x):
-    """The code of an e2m1 magnitude, with the sign of ``x``: uint8."""
-    # 1, 1.5, 2, 3, 4, 6 are consecutive in exponent and top mantissa bit; 0.5 and 0 stand below.
-    field = (value.to(tl.uint32, bitcast=True) >> 22) - 252
-    magnitude = tl.where(value < 1.0, (value * 2.0).to(tl.uint32), field)
-    return (magnitude | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)).to(tl.uint8)
 
 
 @triton.jit
@@ -66,22 +53,30 @@ def quantize_block(x, gs):
     """Quantize ``x [rows, blocks, 16]`` fp32 under ``gs`` (broadcastable against ``[rows, blocks]``).
 
     Returns:
-        ``(values, codes, sf_bits)``: ``e2m1 * sf`` fp32 with NaN for a non-finite block, uint8 codes, the scale's bits.
+        ``e2m1 * sf`` in fp32, NaN for a non-finite block.
     """
     a = tl.abs(x)
     nonfinite = ((a.to(tl.uint32, bitcast=True)) >= 0x7F800000).to(tl.int32)
     bad = tl.max(nonfinite, axis=2) > 0
     amax = tl.max(tl.where(nonfinite > 0, 0.0, a), axis=2)
     wanted = tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), gs), 448.0)
-    sf, sf_bits = round_e4m3(wanted)
+    sf = round_e4m3(wanted)
     step = sf * gs
     usable = (step > 0) & (step < float("inf")) & (bad == 0)
     divisor = tl.where(usable, step, 1.0)
     reciprocal = tl.div_rn(1.0, divisor)
     magnitude = round_e2m1(divide_by(a, divisor[:, :, None], reciprocal[:, :, None]))
-    codes = tl.where(usable[:, :, None], code_of(magnitude, x), 0)
     # A block that keeps no codes is zero, or NaN. Finite numbers times zero keep their sign, and it does not matter.
     factor = tl.where(bad, float("nan"), tl.where(usable, sf, 0.0))
     value = magnitude * factor[:, :, None]
-    value = tl.where(x < 0, -value, value)
-    return value, codes, tl.where(bad, 0x7F, sf_bits.to(tl.int32)).to(tl.uint8)
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def silu_product(gate, up, limit, HAS_LIMIT: tl.constexpr):
+    """Clamped SwiGLU in fp32. Comparisons that are false for NaN let it through."""
+    if HAS_LIMIT:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
+    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up

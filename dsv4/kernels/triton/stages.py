@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.grouped_gemm import _silu_product
-from dsv4.kernels.triton.numerics import global_scale, quantize_block
+from dsv4.kernels.triton.numerics import global_scale, quantize_block, silu_product
 
 _BLOCK = tl.constexpr(16)
 
@@ -73,7 +72,7 @@ def _stage_rows(
     if SWIGLU:
         gate = tl.load(x + source * 2 * K + column, mask=mask, other=0.0)
         up = tl.load(x + source * 2 * K + K + column, mask=mask, other=0.0)
-        value = _silu_product(gate, up, limit, HAS_LIMIT)
+        value = silu_product(gate, up, limit, HAS_LIMIT)
     else:
         value = tl.load(x + source * K + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_WEIGHT:
@@ -89,7 +88,7 @@ def _stage_rows(
             gs = global_scale(tl.load(scale))
         else:
             gs = tl.load(scale + expert)
-        value, _codes, _bits = quantize_block(value, gs)
+        value = quantize_block(value, gs)
         tl.store(row_scale + row, gs)
     tl.debug_barrier()  # ``out`` may be ``x``: nothing is written before every thread has read
     tl.store(out + row.to(tl.int64) * K + column, value.to(tl.bfloat16), mask=mask)
