@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 if torch.cuda.is_available():
     from dsv4.kernels.triton import packing, stages
-    from dsv4.kernels.triton.grouped_gemm import Matrix, TileMap
+    from dsv4.kernels.triton.grouped_gemm import TileMap
     from dsv4.kernels.triton.routing import RoutingBuffers, histogram_size, route
     from dsv4.kernels.triton.stages import ScaleSource
+    from dsv4.kernels.triton.weight_layout import Matrix
 
 DEVICE = torch.device("cuda")
 POISON = 0x5A5A5A5A
@@ -143,13 +144,14 @@ def test_combine(top_k):
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (64, 128), (256, 4096)])
-def test_packing_is_a_bijection(n, k):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(32, 16), (96, 80), (64, 128), (256, 4096)])
+def test_packing_is_a_bijection(n, k, interleaved):
     """Unpacking gives back every byte; one expert's bytes stand in its own row alone."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     codes = torch.randint(0, 256, (3, n, k // 2), dtype=torch.uint8, device=DEVICE, generator=generator)
     scales = torch.randint(0, 0x7F, (3, n, k // 16), dtype=torch.uint8, device=DEVICE, generator=generator)
-    matrix = Matrix(n, k, 256)
+    matrix = Matrix(n, k, 256, interleaved)
     experts = torch.full((3, matrix.end + 16), 0xA5, dtype=torch.uint8, device=DEVICE)
     packing.pack(codes, scales, matrix, experts)
     got_codes, got_scales = packing.unpack(experts, matrix)
