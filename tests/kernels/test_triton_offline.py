@@ -16,7 +16,7 @@ from dsv4.config import MoEConfig
 from kernels.offline import Launch, recorded, sass
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-E, H, INTER, K = 16, 256, 128, 4
+E, H, INTER, K = 64, 256, 128, 2
 
 
 class _Properties:
@@ -67,7 +67,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("tokens", [4, 400])
+@pytest.mark.parametrize("tokens", [4, 4000])
 def test_every_stage_compiles_for_hopper(variant, tokens):
     """Each launch of each mode compiles, and spills nothing to local memory worth speaking of."""
     found = launches(tokens, **VARIANTS[variant])
@@ -84,7 +84,7 @@ def gemms(tokens: int, **settings) -> list[Launch]:
 def tokens_for(line: int, table) -> int:
     """A call that takes this line of the table."""
     mean = table[line].rows_per_expert
-    return max(1, int(mean * E / K)) if mean < 1e6 else 1024
+    return max(1, int(mean * E / K)) if mean < 1e6 else 4096
 
 
 # What a thread block may use, from CUDA's table of compute capabilities.
