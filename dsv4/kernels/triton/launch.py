@@ -1,9 +1,10 @@
 """Programmatic dependent launch: a kernel's launch overlaps the end of the one before it in the stream.
 
-A kernel launched so may start before its predecessor has ended. It calls :func:`begin_dependent` first, which lets its
-own successor start likewise and then waits until the predecessor has ended and its writes are seen. As every program of
-every such kernel waits before it reads or writes anything, the order of a stream holds through any chain of them. What
-overlaps is the launch itself, a microsecond or so. From sm_90 on; below, and for any other kernel, nothing changes.
+A kernel launched so may start before its predecessor has ended. It calls :func:`begin_dependent` first, which waits
+until the predecessor has ended and its writes are seen, and then lets its own successor start likewise. As every
+program of every such kernel waits before it reads or writes anything, the order of a stream holds through any chain of
+them. What overlaps is the launch itself, a microsecond or so. From sm_90 on; below, and for any other kernel, nothing
+changes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ _MIN_CAPABILITY = (9, 0)
 def begin_dependent(PDL: tl.constexpr):
     """First statement of a kernel launched with :func:`dependent_launch`: nothing is read or written before."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        # Only now: were it done before, every kernel of a chain would take its place on the chip at once.
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @cache

@@ -23,8 +23,9 @@ from dsv4.config import capacity
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.launch import begin_dependent, dependent_launch
 
-ONE_LAUNCH_SLOTS = 8192
-_LARGE_CHUNK = 512
+ONE_LAUNCH_SLOTS = 2048
+_MANY_SLOTS = 16384
+_CHUNK, _LARGE_CHUNK = 128, 256
 _LANES = tl.constexpr(16)
 _FILL = tl.constexpr(1024)
 
@@ -90,7 +91,6 @@ def _place(
     HAS_HIST: tl.constexpr,  # else count here
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PART: tl.constexpr,  # slots ranked at a time
     BLOCK: tl.constexpr,  # slots, or with HAS_HIST chunks, counted at a time
     OWN: tl.constexpr,  # experts whose padding a program writes
     P: tl.constexpr,
@@ -100,15 +100,19 @@ def _place(
     chunk = tl.program_id(0)
     begin = chunk * CHUNK
     bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
     if HAS_HIST:
-        for first in range(0, chunks, BLOCK):
-            c = first + tl.arange(0, BLOCK)
-            counts = tl.load(hist + c[:, None] * BINS + bins[None, :], mask=(c < chunks)[:, None], other=0)
-            total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), axis=0)
+        sums = tl.zeros((BLOCK, BINS), tl.int32)
+        earlier = tl.zeros((BLOCK, BINS), tl.int32)
+        for first in tl.range(0, chunks, BLOCK, loop_unroll_factor=4):
+            c = first + tl.arange(0, BLOCK)[:, None]
+            counts = tl.load(hist + c * BINS + bins[None, :], mask=c < chunks, other=0)
+            sums += counts
+            earlier += tl.where(c < chunk, counts, 0)
+        total = tl.sum(sums, axis=0)
+        before = tl.sum(earlier, axis=0)
     else:
+        total = tl.zeros((BINS,), tl.int32)
+        before = tl.zeros((BINS,), tl.int32)
         for first in range(0, S, BLOCK):
             slot = first + tl.arange(0, BLOCK)
             local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
@@ -124,19 +128,17 @@ def _place(
     row_start = (tile_end - tiles) * P
     used_tiles = tl.sum(tiles, 0)
 
-    in_part = tl.arange(0, PART)
-    for part in range(0, CHUNK, PART):
-        slot = begin + part + in_part
-        local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
-        served = local >= 0
-        same = (local[None, :] == local[:, None]) & (in_part[None, :] < in_part[:, None])
-        rank = tl.sum(same.to(tl.int32), axis=1)
-        row = tl.gather(row_start + before, tl.where(served, local, 0), 0) + rank
-        tl.store(local_ids + slot, local, mask=slot < S)
-        tl.store(row_slot + row, slot, mask=served)
-        tl.store(tile_expert + row // P, local, mask=served & (row % P == 0))  # each tile has one first row
-        if CHUNK > PART:
-            before += _histogram(local, served, BINS)
+    in_chunk = tl.arange(0, CHUNK)
+    mine = begin + in_chunk
+    own_local = _local_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    served = own_local >= 0
+    # Earlier slots along axis 0, so that a thread sums its own and no shuffles are needed.
+    same = (own_local[:, None] == own_local[None, :]) & (in_chunk[:, None] < in_chunk[None, :])
+    rank = tl.sum(same.to(tl.int32), axis=0)
+    row = tl.gather(row_start + before, tl.where(served, own_local, 0), 0) + rank
+    tl.store(local_ids + mine, own_local, mask=mine < S)
+    tl.store(row_slot + row, mine, mask=served)
+    tl.store(tile_expert + row // P, own_local, mask=served & (row % P == 0))  # each tile has one first row
 
     # Padding at the end of each expert's last tile.
     own = chunk * OWN + tl.arange(0, OWN)
@@ -148,11 +150,11 @@ def _place(
         tl.store(row_slot + pad, tl.full((OWN, _LANES), -1, tl.int32), mask=pad < pad_end[:, None])
     # Rows and tiles beyond the last.
     for first in range(used_tiles * P + chunk * _FILL, num_rows, chunks * _FILL):
-        row = first + tl.arange(0, _FILL)
-        tl.store(row_slot + row, tl.full((_FILL,), -1, tl.int32), mask=row < num_rows)
+        unused = first + tl.arange(0, _FILL)
+        tl.store(row_slot + unused, tl.full((_FILL,), -1, tl.int32), mask=unused < num_rows)
     for first in range(used_tiles + chunk * _FILL, num_row_tiles, chunks * _FILL):
-        tile = first + tl.arange(0, _FILL)
-        tl.store(tile_expert + tile, tl.full((_FILL,), -1, tl.int32), mask=tile < num_row_tiles)
+        unused = first + tl.arange(0, _FILL)
+        tl.store(tile_expert + unused, tl.full((_FILL,), -1, tl.int32), mask=unused < num_row_tiles)
     if chunk == 0:
         tl.store(num_tiles, used_tiles)
         tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
@@ -194,15 +196,15 @@ class RoutingConfig:
     @classmethod
     def of(cls, slots: int) -> RoutingConfig:
         """For a call of so many slots."""
-        if slots > ONE_LAUNCH_SLOTS:
-            return cls(_LARGE_CHUNK, 32, True, 16)
-        block = max(64, min(2048, triton.next_power_of_2(slots)))
-        return cls(32 if slots <= 1024 else 64, block, False, 8)
+        if slots <= ONE_LAUNCH_SLOTS:
+            return cls(32, max(64, triton.next_power_of_2(slots)), False, 4 if slots <= 512 else 8)
+        return cls(_CHUNK if slots <= _MANY_SLOTS else _LARGE_CHUNK, 16, True, 8)
 
 
 def histogram_size(slots: int, num_experts: int) -> int:
     """int32 elements of scratch that any call of up to ``slots`` slots needs."""
-    return triton.cdiv(slots, _LARGE_CHUNK) * num_bins(num_experts) if slots > ONE_LAUNCH_SLOTS else 0
+    chunks = max(triton.cdiv(min(slots, _MANY_SLOTS), _CHUNK), triton.cdiv(slots, _LARGE_CHUNK))
+    return chunks * num_bins(num_experts) if slots > ONE_LAUNCH_SLOTS else 0
 
 
 def num_bins(num_experts: int) -> int:
@@ -251,6 +253,6 @@ def route(
     _place[(chunks,)](
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *sizes, rows, rows // row_tile, chunks,
-        **flags, HAS_HIST=config.count_first, PART=min(64, config.chunk), BLOCK=config.block,
-        OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)), P=row_tile, num_warps=config.num_warps,
+        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
+        P=row_tile, num_warps=config.num_warps,
     )  # fmt: skip

@@ -16,8 +16,6 @@ from torch import Tensor
 from dsv4.kernels.triton.launch import begin_dependent, dependent_launch
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values, silu_product
 
-_FEW_ROWS = 512
-
 
 class ScaleSource(IntEnum):
     """Where a row's global scale comes from."""
@@ -116,9 +114,9 @@ def _stage_rows(
     _store_half(out, row, block, high, K, 1)
 
 
-def _warps(blocks: int, rows: int) -> int:
-    """Warps for a row of so many blocks: one block for each thread, two where rows fill the chip."""
-    return max(1, min(16, blocks // (32 if rows <= _FEW_ROWS else 64)))
+def _warps(blocks: int) -> int:
+    """Warps for a row of so many blocks: one block for each thread."""
+    return max(1, min(16, blocks // 32))
 
 
 def stage_rows(
@@ -167,7 +165,7 @@ def stage_rows(
         SLOTS_PER_ROW=slots_per_row,
         BLOCKS=blocks,
         **dependent_launch(x.device),
-        num_warps=_warps(blocks, rows),
+        num_warps=_warps(blocks),
     )
 
 
@@ -255,7 +253,7 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         top_k: k.
     """
     tokens, h = out.shape
-    block = min(1024, triton.next_power_of_2(h))
+    block = min(512, triton.next_power_of_2(h))
     _combine[(tokens, triton.cdiv(h, block))](
         slot_rows,
         local_ids,
@@ -266,5 +264,5 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         HAS_WEIGHT=weights is not None,
         BLOCK=block,
         **dependent_launch(out.device),
-        num_warps=4,
+        num_warps=2,
     )
