@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.launch import begin_dependent, dependent_launch
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values, silu_product
 
 
@@ -76,9 +75,7 @@ def _stage_rows(
     BY_SLOT: tl.constexpr,  # rows are slots, and dropped ones are skipped
     SLOTS_PER_ROW: tl.constexpr,  # input row = row // this
     BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin_dependent(PDL)
     row = tl.program_id(0)
     if BY_SLOT:
         expert = tl.load(local_ids + row)
@@ -164,7 +161,6 @@ def stage_rows(
         BY_SLOT=local_ids is not None,
         SLOTS_PER_ROW=slots_per_row,
         BLOCKS=blocks,
-        **dependent_launch(x.device),
         num_warps=_warps(blocks),
     )
 
@@ -172,9 +168,8 @@ def stage_rows(
 @triton.jit
 def _batch_amax(
     x, weights, local_ids, amax, K,
-    SLOTS: tl.constexpr, HAS_WEIGHT: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, HAS_WEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    begin_dependent(PDL)
     row = tl.program_id(0)
     served = False
     for s in tl.static_range(SLOTS):
@@ -206,7 +201,6 @@ def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: 
         SLOTS=slots,
         HAS_WEIGHT=weights is not None,
         COLUMNS=columns,
-        **dependent_launch(x.device),
         num_warps=max(1, min(16, columns // 256)),
     )
 
@@ -214,9 +208,8 @@ def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: 
 @triton.jit
 def _combine(
     slot_rows, local_ids, weights, out, H,
-    TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin_dependent(PDL)
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < H
@@ -263,6 +256,5 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         TOP_K=top_k,
         HAS_WEIGHT=weights is not None,
         BLOCK=block,
-        **dependent_launch(out.device),
         num_warps=2,
     )
