@@ -214,14 +214,14 @@ def _combine(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < H
     # First all loads of a kind, then their uses: the time is that of memory, and nothing else should wait for it.
-    local = ()
+    local: tl.tuple = ()
     for k in tl.static_range(TOP_K):
         local += (tl.load(local_ids + token * TOP_K + k),)
-    factors = ()
+    factors: tl.tuple = ()
     if HAS_WEIGHT:
         for k in tl.static_range(TOP_K):
             factors += (tl.load(weights + token * TOP_K + k),)
-    values = ()
+    values: tl.tuple = ()
     for k in tl.static_range(TOP_K):
         row = slot_rows + (token * TOP_K + k).to(tl.int64) * H
         values += (tl.load(row + column, mask=mask & (local[k] >= 0), other=0.0),)
