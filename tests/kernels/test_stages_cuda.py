@@ -39,7 +39,9 @@ def routing_buffers(slots: int, experts: int, tile: int) -> RoutingBuffers:
 @pytest.mark.parametrize("tile", [16, 64, 128])
 @pytest.mark.parametrize("experts", [1, 7, 32, 256, 384])
 @pytest.mark.parametrize(
-    ("tokens", "top_k"), [(1, 1), (1, 6), (10, 6), (11, 6), (64, 6), (333, 5), (1366, 6), (8192, 6)]
+    ("tokens", "top_k"),
+    # 170 and 171, 2730 and 2731: either side of where the launches change.
+    [(1, 1), (1, 6), (11, 6), (64, 6), (170, 6), (171, 6), (333, 5), (2730, 6), (2731, 6), (8192, 6)],
 )
 def test_routing_tables(tokens, top_k, experts, tile):
     """Every entry of every table equals the torch twin's: uniform, skewed, dropped, masked and empty routing."""
@@ -126,11 +128,12 @@ def test_quantized_rows_are_the_twins_bits(source, k):
         assert torch.equal(again[served].view(torch.int16), out[served].view(torch.int16))
 
 
-@pytest.mark.parametrize("top_k", [1, 6])
-def test_combine(top_k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "h"), [(1, 80), (6, 80), (6, 4096), (8, 7168)])
+def test_combine(top_k, h, dtype):
     """fp32 sums in slot order; dropped slots add nothing, though their rows hold NaN and their weights Inf."""
-    tokens, h = 37, 80
-    rows = torch.randn(tokens * top_k, h, device=DEVICE)
+    tokens = 37
+    rows = torch.randn(tokens * top_k, h, device=DEVICE).to(dtype)
     weights = torch.rand(tokens, top_k, device=DEVICE)
     local = torch.randint(-1, 4, (tokens * top_k,), device=DEVICE, dtype=torch.int32)
     dropped = local < 0

@@ -30,11 +30,15 @@ def round_e4m3(x):
 
 @triton.jit
 def round_e2m1(a):
-    """fp32 magnitudes -> the nearest e2m1 magnitude as fp32, ties to even, saturating at 6. By integers, as above."""
-    bits = a.to(tl.uint32, bitcast=True)
-    above_one = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) & 0xFFC00000).to(tl.float32, bitcast=True)
-    below_one = (a + 4194304.0) - 4194304.0  # where fp32's own steps are 0.5
-    return tl.minimum(tl.where(a < 1.0, below_one, above_one), 6.0)
+    """fp32 magnitudes -> the nearest e2m1 magnitude as fp32, ties to even, saturating at 6.
+
+    Steps are half the power of two below the number, 0.5 at least. Added to 2^22 times that power, fp32's own last bit
+    is one step, and the sum is rounded to it.
+    """
+    a = tl.minimum(a, 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    aligned = (power + (22 << 23)).to(tl.float32, bitcast=True)
+    return (a + aligned) - aligned
 
 
 @triton.jit
@@ -49,27 +53,50 @@ def divide_by(x, divisor, reciprocal):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """``max |x|`` along an axis; NaN where there is one."""
+    return tl.reduce(tl.abs(x), axis, _larger)
+
+
+@triton.jit
+def block_scales(amax, gs):
+    """What a block whose :func:`largest_magnitude` is ``amax`` is quantized with under ``gs``, of any shape.
+
+    Returns:
+        ``(divisor, reciprocal, factor)``: codes are magnitudes over ``divisor``, whose reciprocal stands beside it, and
+        are decoded by ``factor``: the block scale, 0 for a block that keeps no codes, NaN for a non-finite one.
+    """
+    finite = amax < float("inf")  # false for NaN
+    sf = round_e4m3(tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), gs), 448.0))
+    step = sf * gs
+    usable = (step > 0) & (step < float("inf"))
+    divisor = tl.where(usable, step, 1.0)
+    factor = tl.where(finite, tl.where(usable, sf, 0.0), float("nan"))
+    return divisor, tl.div_rn(1.0, divisor), factor
+
+
+@triton.jit
+def quantize_values(x, divisor, reciprocal, factor):
+    """``e2m1 * sf`` in fp32 of values under their block's :func:`block_scales`, broadcastable against ``x``."""
+    value = round_e2m1(divide_by(tl.abs(x), divisor, reciprocal)) * factor
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quantize_block(x, gs):
     """Quantize ``x [rows, blocks, 16]`` fp32 under ``gs`` (broadcastable against ``[rows, blocks]``).
 
     Returns:
         ``e2m1 * sf`` in fp32, NaN for a non-finite block.
     """
-    a = tl.abs(x)
-    nonfinite = ((a.to(tl.uint32, bitcast=True)) >= 0x7F800000).to(tl.int32)
-    bad = tl.max(nonfinite, axis=2) > 0
-    amax = tl.max(tl.where(nonfinite > 0, 0.0, a), axis=2)
-    wanted = tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), gs), 448.0)
-    sf = round_e4m3(wanted)
-    step = sf * gs
-    usable = (step > 0) & (step < float("inf")) & (bad == 0)
-    divisor = tl.where(usable, step, 1.0)
-    reciprocal = tl.div_rn(1.0, divisor)
-    magnitude = round_e2m1(divide_by(a, divisor[:, :, None], reciprocal[:, :, None]))
-    # A block that keeps no codes is zero, or NaN. Finite numbers times zero keep their sign, and it does not matter.
-    factor = tl.where(bad, float("nan"), tl.where(usable, sf, 0.0))
-    value = magnitude * factor[:, :, None]
-    return tl.where(x < 0, -value, value)
+    divisor, reciprocal, factor = block_scales(largest_magnitude(x, 2), gs)
+    return quantize_values(x, divisor[:, :, None], reciprocal[:, :, None], factor[:, :, None])
 
 
 @triton.jit
