@@ -177,6 +177,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     packing = {mode: packing_rate(layer, weights) for mode, layer in list(layers.items())[:1]}
     setup = Setup(shape, weights, tokens_list, device, args.peer_folder)
     names = list(peers.PEERS) if args.peers == "all" else [name for name in args.peers.split(",") if name]
+    torch.cuda.empty_cache()  # peers look at what is free
     found, skipped = peers.load(names, setup)
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}", flush=True)

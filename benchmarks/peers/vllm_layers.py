@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from harness import BF16_TOLERANCE, NVFP4_TOLERANCE, Contender, Outputs
 from reference import BF16, Activations
 
 from dsv4.cli._layer import Call
+from dsv4.cli._machine import versions
 from peers.base import Setup, Unavailable
 from peers.scripts import load_script
 
@@ -59,7 +59,7 @@ class _VllmLayer:
             scales[0] = L1_SCALE
             self._activations = Activations(True, scales[0], scales[1:])
         self.facts: dict[str, Any] = {
-            "version": metadata.version("vllm"),
+            "version": versions()["vllm"],
             "kernel": layer.quant_method.experts_cls.__name__,
         }
 
