@@ -159,7 +159,8 @@ def _quantize_swizzled(
     row = first + part * 4 + line // 4 + line % 4 * 32
     padded_blocks = (blocks + 3) // 4 * 4
     sf_tile = sf + tile.to(tl.int64) * _ROW_TILE * padded_blocks + part * 64
-    first_block = tl.program_id(1) * CHUNKS * _PART_BLOCKS
+    begin = tl.program_id(1) * CHUNKS * _PART_BLOCKS
+    finish = tl.minimum(begin + CHUNKS * _PART_BLOCKS, padded_blocks)
     if first + part * 4 < end:
         if SOURCE == 0:
             scale = tl.load(gs)
@@ -167,8 +168,8 @@ def _quantize_swizzled(
             scale = tl.load(gs + row, mask=row < end, other=1.0)
         else:
             scale = tl.load(gs + expert)
-        for chunk in range(CHUNKS):
-            block = first_block + chunk * _PART_BLOCKS + tl.arange(0, _PART_BLOCKS)[None, :]
+        while begin < finish:
+            block = begin + tl.arange(0, _PART_BLOCKS)[None, :]
             inside = (row < end) & (block < blocks)
             value = block[:, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
             place = x + (row.to(tl.int64) * row_stride)[:, :, None] + value
@@ -179,12 +180,14 @@ def _quantize_swizzled(
             tl.store(words_out, words, mask=inside[:, :, None])
             sf_out = sf_tile + block // 4 * 512 + line * 4 + block % 4
             tl.store(sf_out, tl.where(inside, scales, 0), mask=block < padded_blocks)
-    else:
-        for chunk in range(CHUNKS):
-            block = first_block + chunk * _PART_BLOCKS + tl.arange(0, _PART_BLOCKS)[None, :]
+            begin += _PART_BLOCKS
+    else:  # padding alone
+        while begin < finish:
+            block = begin + tl.arange(0, _PART_BLOCKS)[None, :]
             sf_out = sf_tile + block // 4 * 512 + line * 4 + block % 4
             zero = tl.zeros((_PART_ROWS, _PART_BLOCKS), tl.uint8)
             tl.store(sf_out, zero, mask=block < padded_blocks)
+            begin += _PART_BLOCKS
 
 
 def _readable(x: Tensor) -> Tensor:
