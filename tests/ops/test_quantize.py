@@ -109,6 +109,21 @@ def test_given_scales_over_all_ranges(exponent, dtype, log_gs, seed):
     assert_same_bytes(*quantize_activation_nvfp4(x, gs), oracle.quantize(x, gs))
 
 
+def test_ties(device):
+    """Midpoints go to the even code, their neighbours in fp32 to the nearer one; zeros and what rounds to zero keep
+    their signs."""
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    below, above = (midpoints.nextafter(torch.tensor(to)) for to in (0.0, 9.0))
+    rows = torch.stack([torch.cat([torch.tensor([6.0, 0.0]), part, -part]) for part in (midpoints, below, above)])
+    even, lower, upper = [0, 2, 2, 4, 4, 6, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]
+    want = [[7, 0, *codes, *(c + 8 for c in codes)] for codes in (even, lower, upper)]
+    exact = dict.fromkeys((1.0, 2.0**-60, 2.0**-95, 2.0**60), 3) | dict.fromkeys((3.0, 11 * 2.0**-70, 83 * 2.0**40), 1)
+    for scale, count in exact.items():  # the neighbours of a midpoint times 3 are not all fp32 numbers
+        fp4, sf = quantize_activation_nvfp4((rows[:count] * scale).to(device), scale)
+        assert sf.float().eq(1).all()
+        assert oracle.unpack(fp4).tolist() == want[:count]
+
+
 def test_given_scale_is_rounded_to_fp32(device):
     """A float64 gs just below 1 is 1: 2.5 is then a tie, and goes to 2."""
     x = torch.zeros(2, 16, device=device)
