@@ -154,8 +154,8 @@ def quantize_nvfp4_swizzled(
             an expert (``[E]``).
         expert_offsets: int32 or int64 ``[E]`` on x's device, cumulative row ends. The scales of expert e then start at
             the sum of ``round_up(rows, 128)`` of the experts before it. None: x is one matrix.
-        out: ``(fp4, sf)`` to write to, contiguous, fp4 at an offset in its storage that is a multiple of 4 bytes; sf of
-            any shape with the number of elements below. Allocated if None.
+        out: ``(fp4, sf)`` to write to, contiguous, sf of any shape with the number of elements below; on a GPU fp4's
+            address must be a multiple of 4. Allocated if None.
 
     Returns:
         ``(fp4 [M, K/2], sf)``, sf with ``pad128(M) * pad4(K/16)`` elements, or with ``expert_offsets`` with
@@ -180,10 +180,10 @@ def quantize_nvfp4_swizzled(
     fp4, sf = out
     check_tensor("out fp4", fp4, torch.uint8, (rows, k // 2), x.device)
     check_tensor("out sf", sf, torch.float8_e4m3fn, sf.shape, x.device)
-    if sf.numel() != layout.numel or not fp4.is_contiguous() or not sf.is_contiguous() or fp4.storage_offset() % 4:
+    if sf.numel() != layout.numel or not fp4.is_contiguous() or not sf.is_contiguous():
         raise InputError(
-            f"quantize_nvfp4_swizzled: out must be contiguous, with {layout.numel} scales and codes at a multiple of 4 "
-            f"bytes; found {sf.numel()} scales, strides {fp4.stride()} and {sf.stride()}, offset {fp4.storage_offset()}"
+            f"quantize_nvfp4_swizzled: out must be contiguous, with {layout.numel} scales; "
+            f"found {sf.numel()} scales, strides {fp4.stride()} and {sf.stride()}"
         )
     if has_kernel(x):
         torch.ops.nvfp4.quantize_swizzled(x, scales, expert_offsets, fp4, sf)

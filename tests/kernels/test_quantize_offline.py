@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dsv4.errors import InputError
 from dsv4.kernels.triton import quantize, swizzle
 from kernels.offline import Launch, recorded, sass
 
@@ -56,3 +57,19 @@ def test_shapes_that_differ_in_rows_share_a_kernel():
     for kernel in (quantize._amax, quantize._quantize, quantize._quantize_swizzled, swizzle._swizzle):
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert "rows" in free
+
+
+def test_codes_at_an_odd_address_are_refused():
+    """Words of codes cannot be stored there: an error, not a fault on the device."""
+    fp4 = torch.empty(2 * 8 + 4, dtype=torch.uint8)[1:17].view(2, 8)
+    with recorded() as found, pytest.raises(InputError, match="words of 4 bytes"):
+        quantize.quantize_swizzled(torch.zeros(2, 16), torch.ones(()), None, fp4, torch.empty(512, dtype=torch.uint8))
+    assert not found
+
+
+def test_too_many_blocks_are_refused():
+    """Blocks are counted in 32 bits: more are refused before anything is launched."""
+    x, fp4, sf = (torch.empty(2**17, n, device="meta", dtype=torch.uint8) for n in (2**18, 2**17, 2**14))
+    with recorded() as found, pytest.raises(InputError, match="131072 rows of 16384"):
+        quantize.quantize(x.to(torch.bfloat16), torch.ones(()), fp4, sf)
+    assert not found

@@ -14,7 +14,7 @@ from oracle import assert_same_bytes, wide_values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv4.errors import InputError
-from dsv4.ops.layouts import interleave_l1_weights
+from dsv4.ops.layouts import interleave_l1_weights, swizzle_32_4_4
 from dsv4.ops.quantize import (
     deinterleave_amax_quantize_nvfp4_fused,
     deinterleave_quantize_nvfp4_cuda,
@@ -323,3 +323,16 @@ def test_kernels_have_fakes(name):
         got = CALLS[name](torch.ones(32, 32, device="cuda"))
     assert [(t.shape, t.dtype) for t in got] == want
     assert {t.device.type for t in got} == {"cuda"}
+
+
+def test_torch_compile_traces_through(device):
+    """One graph without a break, and the same bytes."""
+
+    def pipeline(x):
+        fp4, sf, gs = quantize_nvfp4_gpu_fused(x)
+        return fp4, swizzle_32_4_4(sf), gs, *quantize_nvfp4_swizzled(x, gs)
+
+    x = wide_values((40, 64), -5, 5, torch.bfloat16, seed=7).to(device)
+    got = torch.compile(pipeline, fullgraph=True, backend="aot_eager")(x)
+    for a, b in zip(got, pipeline(x), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -272,7 +272,12 @@ def quantize_swizzled(x: Tensor, gs: Tensor, expert_offsets: Tensor | None, fp4:
         expert_offsets: int32 or int64 ``[E]``, cumulative row ends; each expert's scales begin a tile of 128 rows.
         fp4: uint8 ``[M, K/2]``, contiguous; rows past the last end are left as they are.
         sf: one-byte, whole tiles of ``128 * pad4(K/16)``; tiles past the last expert's are left as they are.
+
+    Raises:
+        InputError: fp4's address is not a multiple of 4, or x has more than 2^31 blocks.
     """
+    if fp4.data_ptr() % 4:
+        raise InputError(f"quantize: codes are stored in words of 4 bytes, found them at address {fp4.data_ptr():#x}")
     x = _readable(x)
     rows, blocks = x.shape[0], x.shape[1] // 16
     _check_size(rows, blocks)
