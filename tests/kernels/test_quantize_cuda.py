@@ -40,7 +40,7 @@ def hard_rows(rows: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def assert_bytes(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
-    for name, a, b in zip(("codes", "scales", "gs"), got, want, strict=True):
+    for name, a, b in zip(("codes", "scales", "gs")[: len(want)], got, want, strict=True):
         a, b = (t.reshape(-1).view(torch.uint8) for t in (a, b))
         wrong = (a != b).nonzero()
         assert not wrong.numel(), (name, wrong.numel(), wrong[:5].tolist(), a[wrong[:5, 0]], b[wrong[:5, 0]])
