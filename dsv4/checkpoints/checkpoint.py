@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 
 from dsv4.checkpoints.base import ExpertFormat, ExpertShape, ExpertWeights, LayerWeights, MissingScalePolicy
+from dsv4.checkpoints.checks import check_decodable
 from dsv4.checkpoints.files import locate, read_json
 from dsv4.checkpoints.index import ExpertIndex, ExpertLocation
 from dsv4.checkpoints.modelopt import ModelOptNvfp4
+from dsv4.checkpoints.naming import PROJECTIONS
 from dsv4.checkpoints.progress import progress_bar
 from dsv4.checkpoints.quantization import QuantizationInfo, read_quantization
 from dsv4.checkpoints.source import TensorSource
@@ -91,7 +94,10 @@ class Checkpoint:
         Raises:
             CheckpointError: as :meth:`load_layer`; unusable input scales are marked, not refused.
         """
-        return self.format.read_expert(self.source, self._index.location(layer, expert), torch.device(device))
+        location = self._index.location(layer, expert)
+        weights = self.format.read_expert(self.source, location, torch.device(device))
+        check_decodable(self.source, location, {name: weights.projection(name) for name in PROJECTIONS})
+        return weights
 
     def load_layer(
         self,
@@ -165,6 +171,12 @@ class Checkpoint:
         policy: MissingScalePolicy,
         advance: Callable[[], None],
     ) -> LayerWeights:
+        for expert in ids:
+            # Before anything is allocated: one expert's size times the number of small ones may be any size at all.
+            location = self._index.location(layer, expert)
+            shape = self.format.shape(self.source, location)
+            if shape != self.shape:
+                raise CheckpointError(f"{self.folder}: {location}: found {shape}; expected {self.shape} as elsewhere")
         weights = stack_experts(
             layer,
             ids,
@@ -214,15 +226,19 @@ class Checkpoint:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a positive integer, found {value!r}")
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key} must be a positive integer, found {value!r:.80}"
+            )
         return value
 
     def _limit(self) -> float | None:
         key, value = self._config_value(("swiglu_limit",))
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a positive number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key} must be a positive number, found {value!r:.80}"
+            )
         return float(value)
 
     def _check_config_shape(self, location: ExpertLocation) -> None:
