@@ -8,6 +8,7 @@
 
 ===============  =====================================================================================================
 ``files``        which files make up a checkpoint
+``header``       what is in a safetensors file, read strictly
 ``source``       named tensors over these files
 ``naming``       how experts' tensors are called
 ``index``        layer -> expert -> tensors

@@ -19,7 +19,7 @@ def require(source: TensorSource, location: ExpertLocation, projection: str, suf
     """The header entry of a tensor that must be there."""
     name = location.tensors.get((projection, suffix))
     if name is None:
-        present = sorted({source[other].file.name for other in location.tensors.values()})
+        present = sorted({str(source[other].file) for other in location.tensors.values()})
         raise CheckpointError(
             f"{', '.join(present)}: {location}: tensor {location.expected_name(projection, suffix)!r} is missing; "
             f"found {sorted(location.tensors.values())[:16]}"

@@ -24,8 +24,8 @@ from dsv4.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 
-# The index of the largest release there is takes about 40 MB; safetensors sets the same limit for its headers.
-_MAX_JSON_BYTES = 100_000_000
+# The index of the largest release there is, DeepSeek-V4-Pro in NVFP4, has 281,000 entries of about 105 bytes.
+_MAX_JSON_BYTES = 64_000_000
 _MAX_JSON_DEPTH = 64
 
 
@@ -61,7 +61,7 @@ def locate(path: str | Path) -> CheckpointFiles:
     if not stat.S_ISDIR(mode):
         found = "found something else" if mode else "no such file or folder"
         raise CheckpointError(f"{path}: {found}; expected a .safetensors file or a folder of them")
-    if _mode(path / INDEX_NAME):
+    if os.path.lexists(path / INDEX_NAME):
         return _from_index(path)
     try:
         names = sorted(os.listdir(path))
@@ -82,12 +82,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from ``path``, ``{}`` if there is no such file.
 
     Raises:
-        CheckpointError: not valid JSON, a name that occurs twice in one object, not an object, too large (100 MB) or
+        CheckpointError: not valid JSON, a name that occurs twice in one object, not an object, too large (64 MB) or
             too deep (64 levels), not a regular file, or a link that leads out of the file's folder.
     """
-    mode = _mode(path)
-    if not mode and not path.is_symlink():
+    if not os.path.lexists(path):
         return {}
+    mode = _mode(path)
     check_inside(path.parent, path, "the folder")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: expected a file, found a folder, a pipe, a device or a broken link")
@@ -113,8 +113,11 @@ def parse_json(text: bytes) -> Any:
     Stricter than :func:`json.loads`, which takes the last of several equal names: two readers would see two files.
 
     Raises:
-        ValueError: not UTF-8, not JSON, a name that occurs twice in one object, or more than 64 levels.
+        ValueError: not UTF-8, not JSON, a name that occurs twice in one object, more than 64 levels, or lists and
+            objects of hardly any content, which take many times the memory of their text.
     """
+    if text.count(b"[") + text.count(b"{") > 10_000 + len(text) // 16:
+        raise ValueError("more lists and objects than content")
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:

@@ -2,17 +2,11 @@
 
 Headers are read once, when the source is opened; tensors are read when asked for. safetensors maps a file into memory,
 so that a tensor read from here is a view of the file: reading costs no memory of its own until somebody copies it.
-
-The safetensors library checks a header's types, that the offsets lie inside the file and leave no holes, and that every
-tensor has the bytes that its shape and dtype need. What it lets pass and the format forbids is checked here: a name
-that occurs twice (it takes the last), and shapes that no tensor library can represent.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,32 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv4.checkpoints.files import CheckpointFiles, parse_json
+from dsv4.checkpoints.files import CheckpointFiles
+from dsv4.checkpoints.header import TensorInfo, read_header
 from dsv4.errors import CheckpointError
-
-_HEADER_FIELDS = {"dtype", "shape", "data_offsets"}
-_MAX_ELEMENTS = 2**63 - 1
-_MAX_DIMS = 64
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says about one tensor.
-
-    Attributes:
-        name: the full tensor name.
-        file: the file that holds it.
-        shape: its dimensions.
-        dtype: safetensors' name of the dtype: ``"U8"``, ``"F8_E4M3"``, ``"F32"``, ``"BF16"``, ...
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: tensor {self.name!r:.300}"
 
 
 class TensorSource(Mapping[str, TensorInfo]):
@@ -91,7 +62,7 @@ class TensorSource(Mapping[str, TensorInfo]):
         try:
             tensor: Tensor = self._handle(info.file).get_tensor(name)
         except (SafetensorError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{info}: cannot be read as {info.dtype} ({_first_line(error)})") from error
+            raise CheckpointError(f"{info}: cannot be read as {info.dtype} ({_one_line(error)})") from error
         return tensor
 
     def slice(self, name: str) -> Any:
@@ -116,49 +87,24 @@ class TensorSource(Mapping[str, TensorInfo]):
             try:
                 handle = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+                raise CheckpointError(f"{file}: not a readable safetensors file ({_one_line(error)})") from error
             self._handles[file] = handle
         return handle
 
     def _read_header(self, file: Path) -> None:
-        handle = self._handle(file)
-        _check_header(file)
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+        for name, info in read_header(file).items():
             if name in self._infos:
                 raise CheckpointError(
                     f"{file}: tensor {name!r:.300} is also in {self._infos[name].file}; expected every tensor in one "
                     f"file"
                 )
-            entry = handle.get_slice(name)
-            info = TensorInfo(name, file, tuple(entry.get_shape()), entry.get_dtype())
-            # A dimension of 0 makes any shape fit no bytes at all, and the others could be anything.
-            if len(info.shape) > _MAX_DIMS or math.prod(max(size, 1) for size in info.shape) > _MAX_ELEMENTS:
-                raise CheckpointError(f"{info}: no tensor can have the shape {list(info.shape)!s:.200}")
             self._infos[name] = info
 
 
-def _check_header(file: Path) -> None:
-    """Refuse what the library lets pass; it has found the header's length and types to be in order."""
-    try:
-        with file.open("rb") as stream:
-            header = stream.read(int.from_bytes(stream.read(8), "little"))
-        if not header.startswith(b"{"):
-            raise ValueError("the header does not begin with '{'")
-        entries = parse_json(header)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a well-formed safetensors header ({error})") from error
-    for name, entry in entries.items():
-        if name != "__metadata__" and (not isinstance(entry, dict) or entry.keys() != _HEADER_FIELDS):
-            raise CheckpointError(
-                f"{file}: tensor {name!r:.300}: expected a header entry of {sorted(_HEADER_FIELDS)}, "
-                f"found {entry!s:.200}"
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    """What the library says, on one line and without what a terminal would obey: it quotes the file."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(char if char.isprintable() else "?" for char in text[:500])
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

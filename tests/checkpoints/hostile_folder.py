@@ -1,0 +1,181 @@
+"""Folders as values, valid checkpoints to start from, and safetensors bytes without the safetensors library.
+
+A folder is a dict from file name to content, so that a mutation is a dict operation and nothing touches a disk before
+:func:`write`. A further format joins the fuzzing with a :class:`Maker` here and its oracle in ``hostile_oracle``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+HIDDEN, INTER, EXPERTS, LAYERS = 32, 16, 2, (0, 3)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link; ``{outside}`` in the target stands for a folder beside the checkpoint that holds a valid one."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A named pipe that nobody writes to: opening it to read waits for ever."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """An empty folder."""
+
+
+Folder = dict[str, "bytes | Link | Pipe | Directory"]
+Pairs = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a safetensors file has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A source of valid checkpoints.
+
+    Attributes:
+        name: shown with a failure.
+        tensors: random -> tensor name -> tensor; all experts of all layers, and some tensors that are none.
+        config: ``config.json``.
+    """
+
+    name: str
+    tensors: Callable[[Random], dict[str, Stored]]
+    config: Mapping[str, Any]
+
+
+def write(folder: Folder, path: Path, outside: Path) -> None:
+    """Put ``folder`` on the disk at ``path``, which must not exist."""
+    path.mkdir()
+    for name, content in folder.items():
+        file = path / name
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif isinstance(content, Link):
+            os.symlink(content.target.replace("{outside}", str(outside)), file)
+        elif isinstance(content, Pipe):
+            os.mkfifo(file)
+        else:
+            file.mkdir()
+
+
+def pack(pairs: Pairs, data: bytes) -> bytes:
+    """A safetensors file; ``pairs`` may hold a name twice, and anything for an entry. Padded to 8 as writers do."""
+    header = object_text(pairs).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def object_text(pairs: Pairs) -> str:
+    """A JSON object with exactly these names in this order, repeated ones included."""
+    return "{" + ",".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs) + "}"
+
+
+def unpack(file: bytes) -> tuple[Pairs, bytes]:
+    """The inverse of :func:`pack`, for files that are still in order; raises ValueError or TypeError for others."""
+    if len(file) < 8:
+        raise ValueError("too short")
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end].decode())
+    if not isinstance(header, dict):
+        raise TypeError("not an object")
+    return list(header.items()), file[end:]
+
+
+def pack_tensors(tensors: Mapping[str, Stored]) -> bytes:
+    """A valid safetensors file with these tensors, in this order."""
+    pairs: Pairs = [("__metadata__", {"format": "pt"})]
+    data = b""
+    for name, tensor in tensors.items():
+        offsets = [len(data), len(data) + len(tensor.data)]
+        pairs.append((name, {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}))
+        data += tensor.data
+    return pack(pairs, data)
+
+
+def unpack_tensors(file: bytes) -> dict[str, Stored]:
+    """The inverse of :func:`pack_tensors`; raises for files that are not in order."""
+    pairs, data = unpack(file)
+    return {
+        name: Stored(entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+        for name, entry in pairs
+        if name != "__metadata__"
+    }
+
+
+def build(maker: Maker, rng: Random) -> Folder:
+    """A valid checkpoint of ``maker``: one file, two without an index, or two with one."""
+    tensors = maker.tensors(rng)
+    folder: Folder = {}
+    if rng.random() < 0.8:
+        folder["config.json"] = json.dumps(maker.config).encode()
+    if rng.random() < 0.4:
+        return folder | {"model.safetensors": pack_tensors(tensors)}
+    files = ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"]
+    names = list(tensors)
+    cut = rng.randrange(1, len(names))
+    parts = [names[:cut], names[cut:]]
+    for file, part in zip(files, parts, strict=True):
+        folder[file] = pack_tensors({name: tensors[name] for name in part})
+    if rng.random() < 0.8:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        folder[INDEX] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    return folder
+
+
+def _modelopt(rng: Random) -> dict[str, Stored]:
+    # The block scales of real tensors: positive, up to 448, some of them zero of either sign.
+    legal = bytes([*range(0x7F), 0x80])
+    tensors = {"model.embed.weight": Stored("BF16", (4, 8), rng.randbytes(64))}
+    block, names = rng.choice([("ffn", ("w1", "w3", "w2")), ("mlp", ("gate_proj", "up_proj", "down_proj"))])
+    for layer in LAYERS:
+        for expert in range(EXPERTS):
+            for name, rows, columns in zip(names, (INTER, INTER, HIDDEN), (HIDDEN, HIDDEN, INTER), strict=True):
+                start = f"model.layers.{layer}.{block}.experts.{expert}.{name}."
+                scales = bytes(rng.choices(legal, k=rows * columns // 16))
+                parts = {
+                    "weight": Stored("U8", (rows, columns // 2), rng.randbytes(rows * columns // 2)),
+                    "weight_scale": Stored("F8_E4M3", (rows, columns // 16), scales),
+                    "weight_scale_2": Stored("F32", rng.choice([(), (1,)]), struct.pack("<f", rng.uniform(1e-4, 1e-2))),
+                    "input_scale": Stored("F32", (), struct.pack("<f", 0.01 if name != names[2] else 0.02)),
+                }
+                tensors |= {start + suffix: tensor for suffix, tensor in parts.items()}
+    if rng.random() < 0.3:
+        tensors["model.empty"] = Stored("F32", (0, 4), b"")
+    return tensors
+
+
+MODELOPT = Maker(
+    "modelopt-nvfp4",
+    _modelopt,
+    {
+        "model_type": "deepseek_v4",
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INTER,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 10.0,
+        "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+    },
+)
+MAKERS = (MODELOPT,)
