@@ -1,0 +1,150 @@
+"""The commands that read checkpoints, given hostile ones: one line on stderr, no traceback, nothing run or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints.fuzz import time_limit
+from checkpoints.hostile import hostile
+from checkpoints.hostile_folder import write
+from typer.testing import CliRunner
+
+from dsv4.checkpoints import open_checkpoint
+from dsv4.cli.app import app
+from dsv4.errors import CheckpointError
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-deepseek-v4" / "nvfp4"
+
+# What follows the checkpoint's path; "{out}" is a folder for what is written.
+ARGUMENTS = {
+    "generate": ["--device", "cpu", "--max-new-tokens", "1"],
+    "inspect": [],
+    "verify": [],
+    "convert": ["{out}"],
+}
+_REGISTERED = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+COMMANDS = [command for command in ARGUMENTS if command in _REGISTERED]
+
+
+def run(command: str, path: Path, out: Path):
+    arguments = [argument.replace("{out}", str(out)) for argument in ARGUMENTS[command]]
+    with time_limit(60):
+        return CliRunner().invoke(app, [command, str(path), *arguments])
+
+
+def assert_one_line(result) -> None:
+    assert result.exit_code == 1, (result.exit_code, result.exception, result.stderr)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].isprintable()
+    assert "Traceback" not in result.output
+
+
+def refused(path: Path) -> bool:
+    try:
+        with open_checkpoint(path) as checkpoint:
+            for _ in checkpoint.iter_layers(on_missing_input_scale="ignore"):
+                pass
+    except CheckpointError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_corpus_at_the_command_line(tmp_path, command):
+    """What open_checkpoint refuses ends in one line and exit status 1; nothing appears beside the target."""
+    out = tmp_path / "out"
+    examined = 0
+    for seed in range(1000, 1060):
+        path = tmp_path / "model"
+        write(hostile(seed).folder, path, tmp_path / "outside")
+        if refused(path):
+            examined += 1
+            assert_one_line(run(command, path, out))
+        assert set(os.listdir(tmp_path)) <= {"model", "out"}
+        shutil.rmtree(path)
+        shutil.rmtree(out, ignore_errors=True)
+    assert examined > 30
+
+
+def copied(tmp_path: Path, file: str, content) -> Path:
+    """The small model with one file replaced; a dict updates the JSON that is there."""
+    path = tmp_path / "model"
+    shutil.copytree(MODEL, path)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((path / file).read_text()) | content).encode()
+    (path / file).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"model_type": "no_such_model"}),
+        ("config.json", {"model_type": ["deepseek_v4"]}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"num_hidden_layers": "4"}),
+        ("config.json", {"vocab_size": "many"}),
+        ("config.json", {"vocab_size": 17}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"rope_parameters": 7}),
+        ("config.json", {"layer_types": ["nothing"]}),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x", "y"]]}}),
+        ("tokenizer_config.json", b"[]"),
+        ("generation_config.json", b"{"),
+        ("generation_config.json", b"\xff"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value)[:40],
+)
+def test_files_that_transformers_reads(tmp_path, file, content):
+    """A configuration or a tokenizer over which Transformers stumbles is an error of the checkpoint, in one line."""
+    assert_one_line(run("generate", copied(tmp_path, file, content), tmp_path / "out"))
+
+
+_CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('x')\nclass C: ...\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "C", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}),
+    ],
+)
+def test_code_of_a_checkpoint_is_never_run(tmp_path, file, content):
+    """Python files that a configuration names are not imported, and nobody is asked whether they should be."""
+    path = copied(tmp_path, file, content)
+    (path / "evil.py").write_text(_CODE)
+    result = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "generate", str(path), "--device", "cpu", "--max-new-tokens", "1"],
+        capture_output=True,
+        text=True,
+        input="y\n" * 5,
+        timeout=120,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert not list(tmp_path.rglob("ran"))
+    assert "[y/N]" not in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode in (0, 1)
+
+
+def test_a_whole_process(tmp_path):
+    """Not only in a test's process: exit status 1, an empty stdout, one line on stderr, from a file with two names."""
+    path = copied(tmp_path, "config.json", b'{"model_type": "deepseek_v4", "model_type": "x\\u001b[2J"}')
+    result = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "generate", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {path / 'config.json'}: ")
+    assert result.stderr.count("\n") == 1
