@@ -7,6 +7,7 @@ A folder is a dict from file name to content, so that a mutation is a dict opera
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from random import Random
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
-HIDDEN, INTER, EXPERTS, LAYERS = 32, 16, 2, (0, 3)
+HIDDEN, INTER, EXPERTS, LAYERS = 64, 32, 2, (0, 3)
 
 
 @dataclass(frozen=True)
@@ -143,39 +144,115 @@ def build(maker: Maker, rng: Random) -> Folder:
     return folder
 
 
-def _modelopt(rng: Random) -> dict[str, Stored]:
-    # The block scales of real tensors: positive, up to 448, some of them zero of either sign.
-    legal = bytes([*range(0x7F), 0x80])
-    tensors = {"model.embed.weight": Stored("BF16", (4, 8), rng.randbytes(64))}
-    block, names = rng.choice([("ffn", ("w1", "w3", "w2")), ("mlp", ("gate_proj", "up_proj", "down_proj"))])
-    for layer in LAYERS:
-        for expert in range(EXPERTS):
-            for name, rows, columns in zip(names, (INTER, INTER, HIDDEN), (HIDDEN, HIDDEN, INTER), strict=True):
-                start = f"model.layers.{layer}.{block}.experts.{expert}.{name}."
-                scales = bytes(rng.choices(legal, k=rows * columns // 16))
-                parts = {
-                    "weight": Stored("U8", (rows, columns // 2), rng.randbytes(rows * columns // 2)),
-                    "weight_scale": Stored("F8_E4M3", (rows, columns // 16), scales),
-                    "weight_scale_2": Stored("F32", rng.choice([(), (1,)]), struct.pack("<f", rng.uniform(1e-4, 1e-2))),
-                    "input_scale": Stored("F32", (), struct.pack("<f", 0.01 if name != names[2] else 0.02)),
-                }
-                tensors |= {start + suffix: tensor for suffix, tensor in parts.items()}
-    if rng.random() < 0.3:
-        tensors["model.empty"] = Stored("F32", (0, 4), b"")
+# The block scales of real tensors: positive, up to 448, some of them zero of either sign.
+_LEGAL = bytes([*range(0x7F), 0x80])
+_NAMINGS = [("ffn", ("w1", "w3", "w2")), ("mlp", ("gate_proj", "up_proj", "down_proj"))]
+_SIZES = ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
+Parts = Callable[[Random, int, int], dict[str, Stored]]
+
+
+def _fp32(rng: Random, value: float) -> Stored:
+    return Stored("F32", rng.choice([(), (1,)]), struct.pack("<f", value))
+
+
+def _modelopt(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
+    return {
+        "weight": Stored("U8", (rows, columns // 2), rng.randbytes(rows * columns // 2)),
+        "weight_scale": _block_scales(rng, rows, columns),
+        "weight_scale_2": _fp32(rng, rng.uniform(1e-4, 1e-2)),
+        "input_scale": _fp32(rng, 0.01),
+    }
+
+
+def _compressed_tensors(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
+    return {
+        "weight_packed": Stored("U8", (rows, columns // 2), rng.randbytes(rows * columns // 2)),
+        "weight_scale": _block_scales(rng, rows, columns),
+        "weight_global_scale": _fp32(rng, rng.uniform(1e2, 1e4)),
+        "input_global_scale": _fp32(rng, 100.0),
+    }
+
+
+def _mxfp4(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
+    scales = bytes(rng.choices(range(115, 130), k=rows * columns // 32))
+    return {
+        "weight": Stored(rng.choice(["I8", "U8"]), (rows, columns // 2), rng.randbytes(rows * columns // 2)),
+        "scale": Stored(rng.choice(["F8_E8M0", "U8"]), (rows, columns // 32), scales),
+    }
+
+
+def _dense(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
+    return {"weight": _floats(rng, (rows, columns))}
+
+
+def _block_scales(rng: Random, rows: int, columns: int) -> Stored:
+    return Stored("F8_E4M3", (rows, columns // 16), bytes(rng.choices(_LEGAL, k=rows * columns // 16)))
+
+
+def _floats(rng: Random, shape: tuple[int, ...]) -> Stored:
+    """fp32 or bf16 of moderate size: a sign, an exponent of 2^-16 to 2^-1, any mantissa."""
+    dtype, width = rng.choice([("F32", 4), ("BF16", 2)])
+    data = bytearray(rng.randbytes(math.prod(shape) * width))
+    data[width - 1 :: width] = bytes(rng.choices(range(0x38, 0x3F), k=math.prod(shape)))
+    return Stored(dtype, shape, bytes(data))
+
+
+def _per_expert(parts: Parts) -> Callable[[Random], dict[str, Stored]]:
+    def tensors(rng: Random) -> dict[str, Stored]:
+        found = _others(rng)
+        block, names = rng.choice(_NAMINGS)
+        for layer in LAYERS:
+            for expert in range(EXPERTS):
+                for name, (rows, columns) in zip(names, _SIZES, strict=True):
+                    start = f"model.layers.{layer}.{block}.experts.{expert}.{name}."
+                    found |= {start + suffix: tensor for suffix, tensor in parts(rng, rows, columns).items()}
+        return found
+
     return tensors
 
 
+def _fused(rng: Random) -> dict[str, Stored]:
+    found = _others(rng)
+    for layer in LAYERS:
+        start = f"model.layers.{layer}.mlp.experts."
+        found[f"{start}gate_up_proj"] = _floats(rng, (EXPERTS, 2 * INTER, HIDDEN))
+        found[f"{start}down_proj"] = _floats(rng, (EXPERTS, HIDDEN, INTER))
+    return found
+
+
+def _others(rng: Random) -> dict[str, Stored]:
+    """What else is in a model."""
+    empty = {"model.empty": Stored("F32", (0, 4), b"")} if rng.random() < 0.3 else {}
+    return {"model.embed.weight": Stored("BF16", (4, 8), rng.randbytes(64))} | empty
+
+
+_CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": INTER,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 10.0,
+}
+_PACKED = "nvfp4-pack-quantized"
+
+
+def _config(**quantization: Any) -> dict[str, Any]:
+    return _CONFIG | {"quantization_config": quantization}
+
+
+# Named as dsv4 names the formats, for the oracle of each.
 MODELOPT = Maker(
-    "modelopt-nvfp4",
-    _modelopt,
-    {
-        "model_type": "deepseek_v4",
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INTER,
-        "n_routed_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-        "swiglu_limit": 10.0,
-        "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
-    },
+    "modelopt-nvfp4", _per_expert(_modelopt), _config(quant_method="modelopt", quant_algo="NVFP4", group_size=16)
 )
-MAKERS = (MODELOPT,)
+MAKERS = (
+    MODELOPT,
+    Maker(
+        "compressed-tensors-nvfp4",
+        _per_expert(_compressed_tensors),
+        _config(format=_PACKED, config_groups={"group_0": {"format": _PACKED, "weights": {"group_size": 16}}}),
+    ),
+    Maker("mxfp4", _per_expert(_mxfp4), _config(quant_method="fp8", weight_block_size=[128, 128])),
+    Maker("dense", _per_expert(_dense), _CONFIG),
+    Maker("dense", _fused, _CONFIG),
+)

@@ -35,11 +35,28 @@ EXPERT = re.compile(
     re.ASCII,
 )
 FUSED = re.compile(
-    r"(?:(?:model|language_model)\.)*layers\.(0|[1-9]\d{0,4})\.mlp\.experts\.(?:gate_up_proj|down_proj)", re.ASCII
+    r"(?:(?:model|language_model)\.)*layers\.(0|[1-9]\d{0,4})\.mlp\.experts\.(gate_up_proj|down_proj)", re.ASCII
 )
 PROJECTIONS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
-Expert = dict[tuple[str, str], str]  # (projection, suffix) -> tensor name
+FUSED_PROJECTIONS = {"gate_up_proj": "gate_up", "down_proj": "down"}
+
+
+class Expert(dict[tuple[str, str], str]):
+    """(projection, suffix) -> tensor name of one expert; ``number`` is its row in fused tensors."""
+
+    def __init__(self, number: int, names: Mapping[tuple[str, str], str] | None = None) -> None:
+        super().__init__(names or {})
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """float64 ``[out, in]``; how far a reader may be from it, 0 for not at all; why a reader may refuse it."""
+
+    values: np.ndarray
+    tolerance: np.ndarray | float = 0.0
+    doubt: str = ""
 
 
 class Refuse(Exception):
@@ -56,8 +73,8 @@ class FormatOracle(Protocol):
     def shape(self, expert: Expert, tensors: Mapping[str, Stored]) -> tuple[int, int]:
         """(hidden, intermediate); raises Refuse."""
 
-    def decode(self, expert: Expert, tensors: Mapping[str, Stored], projection: str) -> np.ndarray:
-        """float64 ``[out, in]``; raises Refuse for values that must not be computed with."""
+    def decode(self, expert: Expert, tensors: Mapping[str, Stored], projection: str) -> Decoded:
+        """The values of one matrix; raises Refuse where they must not be computed with."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ def judge(folder: Folder, oracle: FormatOracle) -> Judgement:
         for experts in layers.values():
             for expert in experts.values():
                 for projection in ("gate", "up", "down"):
-                    oracle.decode(expert, tensors, projection)
+                    doubts += filter(None, [oracle.decode(expert, tensors, projection).doubt])
     except Refuse as problem:
         return Judgement(str(problem) or "no reason given", problem.tensor)
     return Judgement("", "", "; ".join(doubts), layers, tensors)
@@ -191,7 +208,10 @@ def _json_file(folder: Folder, name: str, doubts: list[str]) -> dict[str, Any]:
         return {}
     text = _content(folder, name)
     try:
-        return parse(text)
+        value = parse(text)
+        if _depth(value) > 64:
+            doubts.append(f"{name}: deeper than a configuration is")
+        return value
     except Refuse as problem:
         # Python's reader, on which all of Transformers stands, takes NaN, Infinity and half surrogate pairs.
         lenient = ("is not JSON", "surrogates not allowed")
@@ -205,7 +225,7 @@ def _tensors(folder: Folder, doubts: list[str]) -> dict[str, Stored]:
     weight_map: dict[str, Any] = {}
     files = [name for name in folder if name.endswith(".safetensors")]
     if INDEX in folder:
-        weight_map = parse(_content(folder, INDEX)).get("weight_map")  # type: ignore[assignment]
+        weight_map = _json_file(folder, INDEX, doubts).get("weight_map")  # type: ignore[assignment]
         if not isinstance(weight_map, dict) or not weight_map:
             raise Refuse("no weight map")
         if not all(isinstance(file, str) for file in weight_map.values()):
@@ -233,22 +253,35 @@ def _tensors(folder: Folder, doubts: list[str]) -> dict[str, Stored]:
 def _experts(tensors: Mapping[str, Stored], doubts: list[str]) -> dict[int, dict[int, Expert]]:
     layers: dict[int, dict[int, Expert]] = {}
     ways: dict[int, set[str]] = {}
+    rows: dict[int, dict[tuple[str, str], str]] = {}
     for name in tensors:
+        fused = FUSED.fullmatch(name)
+        if fused is not None:
+            ways.setdefault(int(fused[1]), set()).add(name[: fused.start(2)] + "fused")
+            rows.setdefault(int(fused[1]), {})[FUSED_PROJECTIONS[fused[2]], ""] = name
+            continue
         match = EXPERT.fullmatch(name)
         if match is None:
-            if FUSED.fullmatch(name):
-                raise Refuse("a fused tensor among per-expert ones")
+            if FUSED.match(name):
+                doubts.append(f"what belongs to a fused tensor: {name!r:.80}")
             continue
         layer, expert, projection, suffix = match.groups()
         way = name[: match.start(2)] + ("w" if projection in ("w1", "w2", "w3") else "proj")
         ways.setdefault(int(layer), set()).add(way)
         key = (PROJECTIONS[projection], suffix)
-        layers.setdefault(int(layer), {}).setdefault(int(expert), {})[key] = name
+        layers.setdefault(int(layer), {}).setdefault(int(expert), Expert(int(expert)))[key] = name
+    for layer, names in rows.items():
+        counts = {tensors[name].shape[:1] for name in names.values()}
+        if len(counts) != 1 or counts & {(), (0,)}:
+            raise Refuse(f"fused tensors of {counts} experts")
+        if max(counts)[0] > 1000:
+            raise Refuse("more experts than the file can have")
+        layers.setdefault(layer, {}).update({number: Expert(number, names) for number in range(max(counts)[0])})
     if not layers:
         raise Refuse("no experts")
     if any(len(found) > 1 for found in ways.values()):
         raise Refuse("a layer whose experts are named in two ways")
-    if any((".ffn." in way) != way.endswith("w") for found in ways.values() for way in found):
+    if any((".ffn." in way) != way.endswith("w") for found in ways.values() for way in found if way[-5:] != "fused"):
         # Names of neither family are no experts' names to a reader; what then remains is not judged here.
         doubts.append("names of no family")
     return layers
@@ -280,62 +313,24 @@ def _numbers(
     stated = (quantization or {}).get("group_size")
     if (quantization or {}).get("quant_algo") == "NVFP4" and stated is not None and stated != 16:
         raise Refuse(f"config.json: group_size {stated!r:.80}")
+    for group in _objects((quantization or {}).get("config_groups")):
+        size = _object(group.get("weights")).get("group_size")
+        packed = (group.get("format") or (quantization or {}).get("format")) == "nvfp4-pack-quantized"
+        if packed and size is not None and size != 16:
+            raise Refuse(f"config.json: group_size {size!r:.80}")
     if config.keys() & {"num_local_experts", "num_experts", "text_config", "top_k", "num_experts_per_token"}:
         doubts.append("other names for what is stated")
 
 
-# ModelOpt NVFP4.
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-E2M1 = np.concatenate((E2M1, -E2M1))
-E4M3 = np.array([(m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)) for e in range(16) for m in range(8)])
-E4M3[127] = np.nan
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-class ModelOptOracle:
-    """``weight`` u8, ``weight_scale`` e4m3, ``weight_scale_2`` f32, ``input_scale`` f32 (not judged by value)."""
-
-    def shape(self, expert: Expert, tensors: Mapping[str, Stored]) -> tuple[int, int]:
-        for (projection, suffix), name in expert.items():
-            if suffix not in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
-                raise Refuse(f"{projection} has an unknown {suffix}", name)
-            if suffix in ("weight_scale_2", "input_scale") and (
-                tensors[name].dtype != "F32" or tensors[name].shape not in ((), (1,))
-            ):
-                raise Refuse("a scale that is not one fp32 number")
-        shapes = {}
-        for projection in ("gate", "up", "down"):
-            for suffix in ("weight", "weight_scale", "weight_scale_2"):
-                if (projection, suffix) not in expert:
-                    raise Refuse(f"{projection} has no {suffix}")
-            weight = tensors[expert[projection, "weight"]]
-            scale = tensors[expert[projection, "weight_scale"]]
-            if weight.dtype != "U8" or scale.dtype != "F8_E4M3" or len(weight.shape) != 2:
-                raise Refuse("wrong dtypes or dimensions")
-            rows, columns = weight.shape[0], 2 * weight.shape[1]
-            if not rows or not columns or columns % 16 or scale.shape != (rows, columns // 16):
-                raise Refuse("sizes that do not fit")
-            shapes[projection] = (rows, columns)
-        if shapes["gate"] != shapes["up"] or shapes["gate"] != shapes["down"][::-1]:
-            raise Refuse(f"matrices that do not fit: {shapes}")
-        inter, hidden = shapes["gate"]
-        return hidden, inter
-
-    def decode(self, expert: Expert, tensors: Mapping[str, Stored], projection: str) -> np.ndarray:
-        name = expert[projection, "weight_scale_2"]
-        (gs,) = struct.unpack("<f", tensors[name].data)
-        if not 0 < gs < math.inf:
-            raise Refuse(f"a global scale of {gs}", name)
-        if gs * 2688 > 3.4028234663852886e38:
-            raise Refuse(f"a global scale of {gs}, which decodes to Inf")
-        scale = tensors[expert[projection, "weight_scale"]]
-        bytes_ = np.frombuffer(scale.data, np.uint8)
-        if ((bytes_ & 0x7F) == 0x7F).any() or (bytes_ > 0x80).any():
-            raise Refuse("a NaN or negative block scale", expert[projection, "weight_scale"])
-        weight = tensors[expert[projection, "weight"]]
-        codes = np.frombuffer(weight.data, np.uint8).reshape(weight.shape)
-        values = E2M1[np.stack((codes & 15, codes >> 4), -1)].reshape(weight.shape[0], -1)
-        return values * E4M3[bytes_ & 0x7F].reshape(scale.shape).repeat(16, 1) * gs
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in _object(value).values() if isinstance(entry, dict)]
 
 
-ORACLES: Mapping[str, FormatOracle] = {"modelopt-nvfp4": ModelOptOracle()}
+def _depth(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0

@@ -25,7 +25,7 @@ from dsv4.errors import CheckpointError
 from . import fuzz, make
 from .hostile import MUTATIONS, hostile
 from .hostile_folder import INDEX, MAKERS, Directory, Link, Pipe, build, object_text, pack, unpack, write
-from .hostile_oracle import ORACLES
+from .hostile_formats import ORACLES
 
 CASES, PARTS = 2000, 8
 
@@ -66,17 +66,17 @@ _JSON = st.recursive(
 )
 
 
-def _examine(folder, tmp_path_factory) -> None:
+def _examine(folder, maker, tmp_path_factory) -> None:
     root = tmp_path_factory.mktemp("case")
-    accepted, wrong = fuzz.problem(folder, root / "case", root, ORACLES["modelopt-nvfp4"])
+    accepted, wrong = fuzz.problem(folder, root / "case", root, ORACLES[maker.name])
     assert not wrong, f"{'accepted' if accepted else 'refused'}: {wrong}"
 
 
-@given(data=st.data(), seed=st.integers(0, 20))
+@given(data=st.data(), maker=st.sampled_from(MAKERS), seed=st.integers(0, 20))
 @settings(max_examples=150)
-def test_arbitrary_json_in_a_header(tmp_path_factory, data, seed):
+def test_arbitrary_json_in_a_header(tmp_path_factory, data, maker, seed):
     """Any JSON as a tensor's entry, as one of its fields, or as the metadata."""
-    folder = build(MAKERS[0], Random(seed))
+    folder = build(maker, Random(seed))
     file = data.draw(st.sampled_from([name for name in folder if name.endswith(".safetensors")]))
     pairs, body = unpack(folder[file])
     place = data.draw(st.integers(0, len(pairs) - 1))
@@ -84,20 +84,20 @@ def test_arbitrary_json_in_a_header(tmp_path_factory, data, seed):
     value = data.draw(_JSON)
     field = data.draw(st.sampled_from([None, *entry]))
     pairs[place] = (name, value if field is None else {**entry, field: value})
-    _examine(folder | {file: pack(pairs, body)}, tmp_path_factory)
+    _examine(folder | {file: pack(pairs, body)}, maker, tmp_path_factory)
 
 
-@given(data=st.data(), seed=st.integers(0, 20))
+@given(data=st.data(), maker=st.sampled_from(MAKERS), seed=st.integers(0, 20))
 @settings(max_examples=150)
-def test_arbitrary_json_beside_the_shards(tmp_path_factory, data, seed):
+def test_arbitrary_json_beside_the_shards(tmp_path_factory, data, maker, seed):
     """Any JSON as the configuration, the index, or a value in them."""
-    folder = build(MAKERS[0], Random(seed)) | {"config.json": json.dumps(MAKERS[0].config).encode()}
+    folder = build(maker, Random(seed)) | {"config.json": json.dumps(maker.config).encode()}
     file = data.draw(st.sampled_from([name for name in ("config.json", INDEX) if name in folder]))
     value = data.draw(_JSON)
     key = data.draw(st.sampled_from([None, *json.loads(folder[file])]))
     if key is not None:
         value = json.loads(folder[file]) | {key: value}
-    _examine(folder | {file: json.dumps(value).encode()}, tmp_path_factory)
+    _examine(folder | {file: json.dumps(value).encode()}, maker, tmp_path_factory)
 
 
 @given(
@@ -105,15 +105,15 @@ def test_arbitrary_json_beside_the_shards(tmp_path_factory, data, seed):
     seed=st.integers(0, 20),
 )
 @settings(max_examples=150)
-def test_arbitrary_bytes(tmp_path_factory, edits, seed):
+def test_arbitrary_bytes(tmp_path_factory, edits, maker, seed):
     """Any bytes in place of as many others, anywhere in any file."""
-    folder = build(MAKERS[0], Random(seed))
+    folder = build(maker, Random(seed))
     for position, new in edits:
         name = list(folder)[position % len(folder)]
         old = folder[name]
         start = position % (len(old) + 1)
         folder[name] = old[:start] + new + old[start + len(new) :]
-    _examine(folder, tmp_path_factory)
+    _examine(folder, maker, tmp_path_factory)
 
 
 # One test for each hole that was found.
