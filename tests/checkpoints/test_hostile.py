@@ -102,6 +102,7 @@ def test_arbitrary_json_beside_the_shards(tmp_path_factory, data, maker, seed):
 
 @given(
     edits=st.lists(st.tuples(st.integers(0, 2**20), st.binary(max_size=9)), min_size=1, max_size=4),
+    maker=st.sampled_from(MAKERS),
     seed=st.integers(0, 20),
 )
 @settings(max_examples=150)
