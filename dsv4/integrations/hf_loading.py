@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,8 +75,7 @@ def load_without_experts(
     _settle_norms(model)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
-        with _reading(checkpoint.folder / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        model.generation_config = _generation_config(checkpoint.folder)
     return model, found
 
 
@@ -89,6 +89,32 @@ def _reading(path: Path) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(f"{path}: Transformers cannot load it ({type(error).__name__}: {first:.500})") from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """``generation_config.json``, of the right types: Transformers looks at them only when text is generated.
+
+    Whole numbers are taken for temperatures and the like, which Transformers refuses; a temperature of 0 is greedy.
+    """
+    file = folder / "generation_config.json"
+    with _reading(file):
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    for key, most in (("temperature", math.inf), ("repetition_penalty", math.inf), ("top_p", 1.0)):
+        value = getattr(config, key, None)
+        if value is None:
+            continue
+        number = float(value) if type(value) in (int, float) and abs(value) < 1e9 else math.nan
+        if key == "temperature" and number == 0:
+            config.do_sample, number = False, 1.0
+        if not 0 < number <= most:
+            raise CheckpointError(f"{file}: {key} must be a positive number, {most:g} at most, found {value!r:.80}")
+        setattr(config, key, number)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int or abs(token) >= 2**31 for token in ids):
+            raise CheckpointError(f"{file}: {key} must be a token id, or a list of them, found {value!r:.80}")
+    return config
 
 
 def _check_num_layers(checkpoint: Checkpoint) -> None:

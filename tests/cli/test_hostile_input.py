@@ -112,12 +112,24 @@ def copied(tmp_path: Path, file: str, content) -> Path:
         ("tokenizer_config.json", b"[]"),
         ("generation_config.json", b"{"),
         ("generation_config.json", b"\xff"),
+        ("generation_config.json", {"temperature": "x"}),
+        ("generation_config.json", {"temperature": -1}),
+        ("generation_config.json", {"top_p": 10**400}),
+        ("generation_config.json", {"repetition_penalty": [1.0]}),
+        ("generation_config.json", {"eos_token_id": {}}),
+        ("generation_config.json", {"bos_token_id": "x"}),
     ],
     ids=lambda value: value if isinstance(value, str) else str(value)[:40],
 )
 def test_files_that_transformers_reads(tmp_path, file, content):
     """A configuration or a tokenizer over which Transformers stumbles is an error of the checkpoint, in one line."""
     assert_one_line(run("generate", copied(tmp_path, file, content), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1, "top_p": 1}, {"temperature": 0}, {"repetition_penalty": 2}])
+def test_whole_numbers_in_a_generation_configuration(tmp_path, settings):
+    """Which many a release has: Transformers takes nothing but floats, and no temperature of 0."""
+    assert not assert_orderly(run("generate", copied(tmp_path, "generation_config.json", settings), tmp_path), (0,))
 
 
 _CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('x')\nclass C: ...\n"
