@@ -209,6 +209,22 @@ def test_reading(tmp_path, dtypes):
             assert np.array_equal(bits(weights.projection(projection).dequantize()), bits(values_of(part)))
 
 
+@pytest.mark.parametrize("exponents", [(110, 127), (90, 127)])
+def test_device_does_not_matter(tmp_path, device, exponents):
+    """Where the cast is computed changes no byte, with blocks kept, moved and rounded."""
+    with open_checkpoint(checkpoint(tmp_path, expert(5, exponents))) as opened:
+        there, here = opened.read_expert(0, 0, device), opened.read_expert(0, 0)
+    assert there.recoded == here.recoded
+    assert (here.recoded.requantized > 0) == (exponents[0] < 110)
+    for projection, part in expert(5, exponents).items():
+        ours, again = there.projection(projection), here.projection(projection)
+        assert ours.codes.device == device
+        assert torch.equal(ours.codes.cpu(), again.codes)
+        assert torch.equal(ours.sf.cpu().view(torch.uint8), again.sf.view(torch.uint8))
+        assert ours.gs.cpu() == again.gs
+        assert ours.shape == values_of(part).shape
+
+
 def test_rounded_blocks_are_reported(tmp_path):
     """Blocks that had to be rounded are counted over experts and projections, in a note of the layer too."""
     experts = [expert(0), expert(1, (60, 127))]
