@@ -20,7 +20,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
 
-from integrations import models  # noqa: E402, F401  (registers "oracle_w4a16")
+from integrations import models  # noqa: E402  (registers "oracle_w4a16")
 
 import dsv4.integrations.transformers as dsv4_hf  # noqa: E402
 from dsv4.cli._evaluate import compare, read_windows  # noqa: E402
@@ -164,3 +164,13 @@ def test_perplexity_is_that_of_the_sources_decode(tmp_path, form):
 def test_perplexity_on_more_text(tmp_path, form):
     """The same on windows of the model's whole context."""
     check(tmp_path / form, form, windows=16, length=256)
+
+
+@pytest.mark.parametrize("four_over_six", [False, True])
+def test_plain_checkpoint_and_model_in_memory_give_the_same_bits(four_over_six):
+    """bf16 experts quantized while reading and quantized in a loaded model are the same, with 4-over-6 and without."""
+    loaded = dsv4_hf.from_pretrained(SOURCE, activation_format="bf16", dtype=torch.float32, four_over_six=four_over_six)
+    model = transformers.AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
+    dsv4_hf.quantize_experts(model, activation_format="bf16", four_over_six=four_over_six)
+    ids = torch.arange(64).unsqueeze(0)
+    assert torch.equal(models.logits(loaded, ids), models.logits(model, ids))
