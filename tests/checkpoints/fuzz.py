@@ -38,7 +38,7 @@ from .hostile_formats import ORACLES
 from .hostile_oracle import FormatOracle, Judgement, judge
 
 SECONDS = 10
-CHUNK = 200
+CHUNK, PATIENCE = 200, 600  # cases of one task, and seconds after which its process is ended
 MEMORY = 256 << 20
 LONGEST_MESSAGE = 3000
 BLIND = ("flip_bits", "overwrite")  # mutations that may break several tensors at once
@@ -74,19 +74,17 @@ class Tally:
 
 @contextmanager
 def time_limit(seconds: int = SECONDS) -> Iterator[None]:
-    """Raises :class:`Hang` in the block; a block that does not come back to Python is ended with its process."""
+    """Raises :class:`Hang` in the block."""
 
     def ring(signum: int, frame: object) -> None:
         raise Hang(f"more than {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(2 * seconds, exit=True)
     try:
         yield
     finally:
         signal.alarm(0)
-        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -203,8 +201,12 @@ def _limited(seeds: Sequence[int]) -> Tally:
         size = int(file.read().split()[0]) * resource.getpagesize()
     logging.getLogger("dsv4").setLevel(logging.ERROR)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    # For code that does not come back to Python to hear the alarm of a single case.
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     with tempfile.TemporaryDirectory() as root:
-        return run(seeds, Path(root))
+        tally = run(seeds, Path(root))
+    faulthandler.cancel_dump_traceback_later()
+    return tally
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

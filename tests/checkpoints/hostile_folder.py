@@ -145,7 +145,9 @@ def build(maker: Maker, rng: Random) -> Folder:
 
 
 # The block scales of real tensors: positive, up to 448, some of them zero of either sign.
-_LEGAL = bytes([*range(0x7F), 0x80])
+_LEGAL = bytes([*range(0x7F), 0x80] * 2)
+_EXPONENTS = bytes(115 + byte % 15 for byte in range(256))  # of e8m0: 2^-12 to 2^2
+_MODERATE = bytes((0x38 + byte % 7) | (byte & 0x80) for byte in range(256))  # a float's sign and exponent, 2^-15 to 1/2
 _NAMINGS = [("ffn", ("w1", "w3", "w2")), ("mlp", ("gate_proj", "up_proj", "down_proj"))]
 _SIZES = ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
 Parts = Callable[[Random, int, int], dict[str, Stored]]
@@ -174,7 +176,7 @@ def _compressed_tensors(rng: Random, rows: int, columns: int) -> dict[str, Store
 
 
 def _mxfp4(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
-    scales = bytes(rng.choices(range(115, 130), k=rows * columns // 32))
+    scales = rng.randbytes(rows * columns // 32).translate(_EXPONENTS)
     return {
         "weight": Stored(rng.choice(["I8", "U8"]), (rows, columns // 2), rng.randbytes(rows * columns // 2)),
         "scale": Stored(rng.choice(["F8_E8M0", "U8"]), (rows, columns // 32), scales),
@@ -186,14 +188,14 @@ def _dense(rng: Random, rows: int, columns: int) -> dict[str, Stored]:
 
 
 def _block_scales(rng: Random, rows: int, columns: int) -> Stored:
-    return Stored("F8_E4M3", (rows, columns // 16), bytes(rng.choices(_LEGAL, k=rows * columns // 16)))
+    return Stored("F8_E4M3", (rows, columns // 16), rng.randbytes(rows * columns // 16).translate(_LEGAL))
 
 
 def _floats(rng: Random, shape: tuple[int, ...]) -> Stored:
-    """fp32 or bf16 of moderate size: a sign, an exponent of 2^-16 to 2^-1, any mantissa."""
+    """fp32 or bf16 of either sign and moderate size, any mantissa."""
     dtype, width = rng.choice([("F32", 4), ("BF16", 2)])
     data = bytearray(rng.randbytes(math.prod(shape) * width))
-    data[width - 1 :: width] = bytes(rng.choices(range(0x38, 0x3F), k=math.prod(shape)))
+    data[width - 1 :: width] = rng.randbytes(math.prod(shape)).translate(_MODERATE)
     return Stored(dtype, shape, bytes(data))
 
 

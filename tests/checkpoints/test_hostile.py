@@ -31,7 +31,7 @@ from .hostile_mutations import MUTATIONS
 CASES, PARTS = 2000, 8
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240, method="thread")  # a case has its own alarm, for which signals are used
 @pytest.mark.parametrize("part", range(PARTS))
 def test_corpus(tmp_path, part):
     """Each case is refused with a message that names file and tensor, or decodes to the oracle's values."""
