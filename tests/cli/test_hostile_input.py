@@ -132,9 +132,6 @@ def test_whole_numbers_in_a_generation_configuration(tmp_path, settings):
     assert not assert_orderly(run("generate", copied(tmp_path, "generation_config.json", settings), tmp_path), (0,))
 
 
-_CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('x')\nclass C: ...\n"
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -142,22 +139,16 @@ _CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('x')
         ("tokenizer_config.json", {"tokenizer_class": "C", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}),
     ],
 )
-def test_code_of_a_checkpoint_is_never_run(tmp_path, file, content):
+def test_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch, file, content):
     """Python files that a configuration names are not imported, and nobody is asked whether they should be."""
     path = copied(tmp_path, file, content)
-    (path / "evil.py").write_text(_CODE)
-    result = subprocess.run(
-        [sys.executable, "-m", "dsv4.cli", "generate", str(path), "--device", "cpu", "--max-new-tokens", "1"],
-        capture_output=True,
-        text=True,
-        input="y\n" * 5,
-        timeout=120,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert not list(tmp_path.rglob("ran"))
-    assert "[y/N]" not in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.returncode in (0, 1)
+    (path / "evil.py").write_text("import os\nos.environ['DSV4_TEST_EVIL'] = 'ran'\nclass C: ...\n")
+    monkeypatch.setenv("DSV4_TEST_EVIL", "")
+    with time_limit(60):
+        result = CliRunner().invoke(app, ["generate", str(path), *ARGUMENTS["generate"]], input="y\n" * 5)
+    assert_orderly(result, (0, 1))
+    assert os.environ["DSV4_TEST_EVIL"] == ""
+    assert "[y/N]" not in result.output
 
 
 def test_a_whole_process(tmp_path):
