@@ -136,6 +136,20 @@ def test_every_budget_replays(target):
             assert bool(out[~padding].any(dim=1).all())
 
 
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_batch_invariance_along_a_long_k(target, mode):
+    """Long sums and calls from 1 to 600 tokens: a token alone keeps the bits that it has in every batch."""
+    moe = build(
+        target, random_weights(8, 1040, 528, seed=1), top_k=K, max_num_tokens=600, batch_invariant=True, **SCALES,
+        **MODES[mode],
+    )  # fmt: skip
+    x, w, ids = on(target[1], *inputs(600, 1040, K, 8))
+    whole = moe.run(x, w, ids, out_dtype=torch.float32)
+    for tokens in (1, 2, 30, 100):
+        part = moe.run(x[:tokens], w[:tokens], ids[:tokens], out_dtype=torch.float32)
+        assert torch.equal(part, whole[:tokens]), tokens
+
+
 def test_two_layers_on_two_streams(target):
     """Layers with a workspace each run at the same time without disturbing each other."""
     _, device = target
