@@ -33,6 +33,7 @@ from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES
 
 _LANES = 0x81C081C0
 _UNSCALE = 512.0
+_PRODUCER_REGISTERS = 24
 _LOG2E = 1.4426950408889634
 
 
@@ -67,12 +68,17 @@ class HopperConfig:
     @property
     def producer_group(self) -> bool:
         """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers."""
-        return self.tokens >= 128
+        return self.tokens >= 128 and self.programs_per_sm == 1
 
     @property
     def threads(self) -> int:
         """Of a program."""
         return 128 * self.warpgroups + (128 if self.producer_group else 32)
+
+    @property
+    def consumer_registers(self) -> int:
+        """What the producers leave to each consumer thread, where registers move: 512 for each of 128 lanes in all."""
+        return min(240, (512 - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8)
 
     @property
     def stage_bytes(self) -> int:
@@ -180,7 +186,7 @@ class GroupedGemm:
 
         if warp >= 4 * groups:
             if cutlass.const_expr(cfg.producer_group):
-                cute.arch.setmaxregister_decrease(24)
+                cute.arch.setmaxregister_decrease(_PRODUCER_REGISTERS)
             if tidx == 128 * groups:
                 tile = program
                 stage = Int32(0)
@@ -212,7 +218,7 @@ class GroupedGemm:
                     tile += programs
         else:
             if cutlass.const_expr(cfg.producer_group):
-                cute.arch.setmaxregister_increase(240)
+                cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
                 base, full, empty, total, chunks, image, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles,
                 limit,
