@@ -1,96 +1,46 @@
-"""The whole layer on a GPU beside its peers, under one protocol.
-
-For each number of tokens, R calls with different inputs and routings are captured into one CUDA graph per contender;
-graphs are replayed in turn, without rests, and the median replay over R is the time of a layer. Weights are several
-times the L2 cache, codes and scales are random. The floor is what the chip's measured ceilings allow: the bytes of the
-active experts' weights over the read bandwidth, or the operations over the dense bf16 rate, whichever takes longer.
+"""The whole layer on a GPU beside its peers, under one protocol (``harness.py``).
 
     python benchmarks/gpu_layer.py --shape v4-flash --output benchmarks/results/h200_v4_flash.json
-    python benchmarks/gpu_layer.py --humming DIR      # beside Humming: DIR holds humming_moe.py and vLLM's two files
+    python benchmarks/gpu_layer.py --peers humming,vllm-emulation --peer-folder DIR
+
+The floor is what the chip's measured ceilings allow: the bytes of the active experts' weights over the read bandwidth,
+or the operations over the dense bf16 rate, whichever takes longer. Peers that cannot run are named with the reason.
+The file is written anew after every number of tokens, so that a time limit loses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
+import peers
+import stages
 import torch
+from harness import BF16_TOLERANCE, NVFP4_TOLERANCE, Captured, Contender, Outputs
+from peers.base import Peer, Setup
+from reference import BF16, TOKEN_SCALES, Activations
 
 from dsv4.cli._layer import Call, Weights, build_layer, random_call, random_weights
 from dsv4.cli._machine import versions
-from dsv4.cli._measure import NVFP4_BYTES
 from dsv4.cli._modes import MODES
-from dsv4.cli._output import dumps, write_text
-from dsv4.cli._shapes import SHAPES, LayerShape
+from dsv4.cli._output import check_writable, dumps, write_text
+from dsv4.cli._shapes import SHAPES
 from dsv4.moe import Nvfp4MoE
 from dsv4.weights import MoEWeights
 
-READ_GB_PER_S = 4443.0
-"""Measured on an H200: a reduction over 4 GiB."""
+OURS = ("w4a16", "w4a4-static", "w4a4-token")
+"""Modes whose reference needs no more than some tokens of a call."""
 
-BF16_TFLOP_PER_S = 772.0
-"""Measured on an H200: a dense 8192^3 product."""
-
-REPLAYS = 9
-
-Runner = Callable[[], object]
-
-
-def capture(calls: list[Runner]) -> torch.cuda.CUDAGraph:
-    """All calls in one graph, each run once before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def interleaved(graphs: dict[str, torch.cuda.CUDAGraph], layers: int) -> dict[str, float]:
-    """Median microseconds of one layer for each contender; replays take turns."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for replay in range(REPLAYS + 2):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:
-                samples[name].append(start.elapsed_time(end) * 1e3 / layers)
-    return {name: round(statistics.median(times), 2) for name, times in samples.items()}
-
-
-def floor_us(shape: LayerShape, tokens: int, active: float) -> float:
-    """The least time the chip's ceilings allow, in microseconds."""
-    read = active * shape.expert_parameters * NVFP4_BYTES / READ_GB_PER_S / 1e3
-    return max(read, shape.flops(tokens) / BF16_TFLOP_PER_S / 1e6)
-
-
-def stage_us(layer: Nvfp4MoE, calls: list[Call]) -> float:
-    """Time in kernels other than the two products, for one call: the profiler's."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for call in calls:
-            layer.run(call.hidden_states, call.topk_weights, call.topk_ids)
-        torch.cuda.synchronize()
-    total = sum(e.device_time_total for e in trace.key_averages() if "_grouped_gemm" not in e.key)
-    return round(total / len(calls), 2)
+TOKENS = "1,4,16,64,256,1024,8192"
+LARGE = 1024
+"""Calls of more tokens are captured 8 times instead of 32: they read all experts, many times what the cache holds."""
 
 
 def packing_rate(layer: Nvfp4MoE, weights: Weights) -> dict[str, float]:
@@ -115,128 +65,177 @@ def packing_rate(layer: Nvfp4MoE, weights: Weights) -> dict[str, float]:
     }
 
 
-class Humming:
-    """Humming's W4A16 layer, driven by the script that also measures it alone; skipped where it is not installed."""
+def our_contender(mode: str, layer: Nvfp4MoE, calls: Sequence[Call]) -> Contender:
+    """Our layer; results go to one buffer."""
+    hidden = calls[0].hidden_states
+    out = torch.empty_like(hidden)
 
-    MODES = ("indexed", "grouped")
+    def run(index: int) -> Outputs:
+        call = calls[index]
+        return (layer.run(call.hidden_states, call.topk_weights, call.topk_ids, out=out),)
 
-    def __init__(self, folder: Path, shape_name: str):
-        spec = importlib.util.spec_from_file_location("humming_moe", folder / "humming_moe.py")
-        assert spec is not None
-        assert spec.loader is not None
-        self.script = importlib.util.module_from_spec(spec)
-        sys.modules["humming_moe"] = self.script
-        spec.loader.exec_module(self.script)
-        self.script.import_humming()
-        glue = self.script.Glue(str(folder))
-        self.facts = {"align": glue.align_src, "combine": glue.combine_src}
-        self.layer = self.script.Layer({"v4-flash": "V4-Flash", "v4-pro": "V4-Pro"}[shape_name], glue)
+    if mode == "w4a16":
+        return Contender(mode, run, BF16, BF16_TOLERANCE)
+    scales = layer._input_scales()
+    activations = TOKEN_SCALES if scales is None else Activations(True, scales.l1_merged, scales.l2)
+    return Contender(mode, run, activations, NVFP4_TOLERANCE)
 
-    def graphs(self, calls: list[Call]) -> dict[str, torch.cuda.CUDAGraph]:
-        """One for each mode whose replay writes what an eager call writes: a peer that did no work has no time."""
-        found, wanted = {}, {}
-        tokens = len(calls[0].hidden_states)
-        # A graph does not keep what it reads and writes alive: ids in the peer's dtype, and its buffers of each mode.
-        ids = [call.topk_ids.int() for call in calls]
-        self.alive: list[Any] = [ids]
-        for mode in self.MODES:
-            self.layer.set_mode(mode)
-            checked = self.layer.check(tokens, min(tokens, 8))["rel_err"]
-            self.layer.prepare(tokens)
-            self.alive.append(dict(vars(self.layer)))
 
-            def bind(call: Call, call_ids: torch.Tensor) -> Runner:
-                return lambda: self.layer.forward(call.hidden_states, call.topk_weights, call_ids)
+def captured(
+    contenders: Sequence[Contender], calls: Sequence[Call], setup: Setup, stream: Any
+) -> tuple[dict[str, Captured], dict[str, float], dict[str, str]]:
+    """Graphs of the contenders that have proven their work, their errors, and why the others are left out.
 
-            runners = [bind(call, call_ids) for call, call_ids in zip(calls, ids, strict=True)]
-            graph = capture(runners)
-            runners[-1]()
-            wanted[mode] = (self.layer.out, self.layer.out.clone())
-            if checked < 2e-2:
-                found[f"humming-{mode}"] = graph
-        for mode, (out, want) in wanted.items():
-            name = f"humming-{mode}"
-            if name in found:
-                out.fill_(torch.nan)
-                found[name].replay()
-                error = ((out.float() - want.float()).norm() / want.float().norm()).item()
-                if not error < 1e-2:
-                    print(f"{name}, {tokens} tokens: left out, its replay is {error:.1e} from an eager call")
-                    del found[name]
-        return found
+    All run once before any is captured, since some share buffers that grow; all are proven after all are captured.
+    """
+    count = len(calls)
+    singles = min(count, 8 if len(calls[0].hidden_states) <= LARGE else 2)
+    ready: list[Contender] = []
+    graphs: dict[str, Captured] = {}
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for contender in contenders:
+        try:
+            harness.warm(contender, count, stream)
+            ready.append(contender)
+        except Exception as error:  # other people's code raises what it likes, and must not cost the others' times
+            left_out[contender.name] = f"does not run: {_first_line(error)}"
+    for contender in ready:
+        try:
+            graphs[contender.name] = harness.capture_all(contender, count, stream, singles)
+        except Exception as error:
+            left_out[contender.name] = f"cannot be captured: {_first_line(error)}"
+    for name in list(graphs):
+        distance = harness.proof(graphs[name], calls, setup.weights, setup.shape.swiglu_limit)
+        tolerance = graphs[name].contender.tolerance
+        if distance <= tolerance:
+            errors[name] = float(f"{distance:.2e}")
+        else:
+            left_out[name] = f"its replay is {distance:.1e} from the reference, at most {tolerance}"
+            del graphs[name]
+    return graphs, errors, left_out
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def measure_row(
+    setup: Setup, layers: Mapping[str, Nvfp4MoE], found: Mapping[str, Peer], calls: Sequence[Call], stream: Any
+) -> dict[str, Any]:
+    """All contenders for one number of tokens."""
+    shape, tokens, count = setup.shape, len(calls[0].hidden_states), len(calls)
+    contenders = [our_contender(mode, layer, calls) for mode, layer in layers.items()]
+    unprepared = {}
+    for name, peer in found.items():
+        try:
+            contenders += peer.contenders(calls)
+        except Exception as error:
+            unprepared[name] = f"cannot prepare: {_first_line(error)}"
+    graphs, errors, left_out = captured(contenders, calls, setup, stream)
+    left_out |= unprepared
+    for name, reason in left_out.items():
+        print(f"{name}, {tokens} tokens: left out, {reason}", flush=True)
+    active = sum(call.active_experts for call in calls) / count
+    us, replays = harness.interleaved({name: one.graph for name, one in graphs.items()}, count)
+    out = torch.empty_like(calls[0].hidden_states)
+    tables = {
+        mode: stages.table(stages.kernel_us(layer, calls[:4], out), shape, tokens) for mode, layer in layers.items()
+    }
+    return {
+        "tokens": tokens,
+        "routings": count,
+        "active_experts": round(active, 1),
+        "floor_us": round(harness.floor_us(shape, tokens, active), 1),
+        "us": us,
+        "single_us": {name: harness.single_us(one.singles) for name, one in graphs.items()},
+        "replays": replays,
+        "errors": errors,
+        "rates": {
+            name: harness.rates(shape, tokens, active, time, graphs[name].contender.weight_bytes)
+            for name, time in us.items()
+        },
+        "speed_of_peer": harness.speed_ratios(us, list(layers)),
+        "left_out": left_out,
+        "stages": tables,
+        "stages_us": {
+            mode: round(sum(row["us"] or 0.0 for row in table.values()), 2) for mode, table in tables.items()
+        },
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything asked for, as one JSON document."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device(args.device)
     shape = SHAPES[args.shape]
     weights = random_weights(shape, device)
-    tokens_list = [int(t) for t in args.tokens.split(",")]
+    tokens_list = tuple(int(t) for t in args.tokens.split(","))
     layers = {
         mode: build_layer(shape, weights, MODES[mode], max(tokens_list), device, args.backend)
         for mode in args.modes.split(",")
     }
     packing = {mode: packing_rate(layer, weights) for mode, layer in list(layers.items())[:1]}
-    del weights
-    peer = Humming(args.humming, args.shape) if args.humming else None
-    rows = []
-    for tokens in tokens_list:
-        count = 32 if tokens <= 1024 else 8
-        calls = [random_call(shape, tokens, args.routing, device, seed) for seed in range(count)]
-        out = torch.empty(tokens, shape.hidden_size, dtype=torch.bfloat16, device=device)
-        graphs = {}
-        for mode, layer in layers.items():
-
-            def bind(call: Call, layer: Nvfp4MoE = layer, out: torch.Tensor = out) -> Runner:
-                return lambda: layer.run(call.hidden_states, call.topk_weights, call.topk_ids, out=out)
-
-            graphs[mode] = capture([bind(call) for call in calls])
-        if peer is not None:
-            graphs |= peer.graphs(calls)
-        active = sum(call.active_experts for call in calls) / count
-        row: dict[str, Any] = {
-            "tokens": tokens,
-            "routings": count,
-            "active_experts": round(active, 1),
-            "floor_us": round(floor_us(shape, tokens, active), 1),
-            "us": interleaved(graphs, count),
-            "stages_us": {mode: stage_us(layer, calls[:4]) for mode, layer in layers.items()},
-        }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        del graphs
+    setup = Setup(shape, weights, tokens_list, device, args.peer_folder)
+    names = list(peers.PEERS) if args.peers == "all" else [name for name in args.peers.split(",") if name]
+    torch.cuda.empty_cache()  # peers look at what is free
+    found, skipped = peers.load(names, setup)
+    for name, reason in skipped.items():
+        print(f"{name}: skipped, {reason}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "gpu": torch.cuda.get_device_name(),
+    document: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device),
         "date": time.strftime("%Y-%m-%d"),
         "commit": args.commit or commit.stdout.strip() or None,
         "versions": versions(),
         "shape": args.shape,
         "routing": args.routing,
-        "ceilings": {"read_gb_per_s": READ_GB_PER_S, "bf16_tflop_per_s": BF16_TFLOP_PER_S},
+        "ceilings": {"read_gb_per_s": harness.READ_GB_PER_S, "bf16_tflop_per_s": harness.BF16_TFLOP_PER_S},
         "backends": {mode: layer.backend_name for mode, layer in layers.items()},
         "workspace_bytes": {mode: layer.workspace_nbytes for mode, layer in layers.items()},
         "packing": packing,
-        "peer": peer.facts if peer else None,
-        "results": rows,
+        "peers": {name: peer.facts for name, peer in found.items()},
+        "skipped": skipped,
+        "results": [],
     }
+    stream = torch.cuda.Stream()
+    for tokens in tokens_list:
+        count = args.routings or (32 if tokens <= LARGE else 8)
+        calls = [random_call(shape, tokens, args.routing, device, seed) for seed in range(count)]
+        row = measure_row(setup, layers, found, calls, stream)
+        document["results"].append(row)
+        print(json.dumps(row), flush=True)
+        if args.output:
+            write_text(args.output, dumps(document))
+    return document
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="v4-flash", choices=list(SHAPES))
+    parser.add_argument("--tokens", default=TOKENS)
+    parser.add_argument("--modes", default="w4a16,w4a4-token", help=f"of {','.join(OURS)}")
+    parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"])
+    parser.add_argument("--routings", type=int, help="calls in a graph; by default 32, above 1024 tokens 8")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--peers", default="humming,vllm-emulation", help=f"all, or of {','.join(peers.PEERS)}")
+    parser.add_argument("--peer-folder", type=Path, help="unpacked third-party code: Humming's, vLLM's and drivers")
+    parser.add_argument("--commit", help="of the code measured, where git is not at hand")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    for given, known, option in ((args.modes, OURS, "--modes"), (args.peers, (*peers.PEERS, "all", ""), "--peers")):
+        unknown = [name for name in given.split(",") if name not in known]
+        if unknown:
+            parser.error(f"{option}: found {', '.join(unknown)}, expected {', '.join(name for name in known if name)}")
+    return args
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", default="v4-flash", choices=list(SHAPES))
-    parser.add_argument("--tokens", default="1,2,4,8,16,64,256,1024,2048,4096,8192")
-    parser.add_argument("--modes", default="w4a16,w4a4-static,w4a4-token")
-    parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"])
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--humming", type=Path, help="folder with humming_moe.py and vLLM's align and combine")
-    parser.add_argument("--commit", help="of the code measured, where git is not at hand")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    document = measure(args)
-    if args.output:
-        write_text(args.output, dumps(document))
+    args = parse()
+    check_writable(args.output)
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peers import PEERS, best, peer_of
+
 from dsv4.cli._modes import MODES
 from dsv4.cli._output import count_of, write_text
 
@@ -77,18 +79,23 @@ def demo_table(document: dict[str, Any]) -> str:
 
 
 def gpu_layer_table(document: dict[str, Any]) -> str:
-    """Markdown of what ``gpu_layer.py`` writes."""
+    """Markdown of what ``gpu_layer.py`` writes.
+
+    A peer has a column where it has a time in any row, with our speed beside it in the mode that computes the same:
+    W4A4 for a peer that quantizes activations, W4A16 for the others.
+    """
     ours = list(document["backends"])
-    peers = document["peer"] is not None
+    results = document["results"]
+    found = [name for name in PEERS if any(best(result["us"], name) for result in results)]
     head = ["tokens a call", "floor", *(f"dsv4 {MODES[name].label}" for name in ours)]
-    rows = [[*head, "Humming W4A16, faster mode"] if peers else head]
-    for result in document["results"]:
+    rows = [head + [_peer_head(name, results) for name in found]]
+    for result in results:
         times = result["us"]
         row = [str(result["tokens"]), f"{result['floor_us']:,.0f}"]
-        row += [f"{times[name]:,.0f} ({result['floor_us'] / times[name]:.0%})" for name in ours]
-        if peers:
-            best = min(time for name, time in times.items() if name.startswith("humming"))
-            row.append(f"{best:,.0f} (dsv4 {best / times['w4a16']:.2f}x its speed)")
+        row += [
+            f"{times[name]:,.0f} ({result['floor_us'] / times[name]:.0%})" if name in times else "-" for name in ours
+        ]
+        row += [_peer_cell(times, name, ours) for name in found]
         rows.append(row)
     versions = document["versions"]
     source = (
@@ -97,6 +104,21 @@ def gpu_layer_table(document: dict[str, Any]) -> str:
         f"{document['backends'][ours[0]]}, commit {document['commit']}."
     )
     return f"{_markdown(rows)}\n\n{source}"
+
+
+def _peer_head(peer: str, results: Sequence[dict[str, Any]]) -> str:
+    several = len({name for result in results for name in result["us"] if peer_of(name) == peer}) > 1
+    return PEERS[peer].label + (", faster mode" if several else "")
+
+
+def _peer_cell(times: dict[str, float], peer: str, ours: Sequence[str]) -> str:
+    us = best(times, peer)
+    if us is None:
+        return "-"
+    same = [name for name in ours if name in times and PEERS[peer].quantizes == (name != "w4a16")]
+    if not same:
+        return f"{us:,.0f}"
+    return f"{us:,.0f} (dsv4 {us / min(times[name] for name in same):.2f}x its speed)"
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -117,11 +117,20 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
     return x / x.new_full((), divisor)
 
 
-def _blocks(x: Tensor) -> Tensor:
+def check_quantizable(x: Tensor) -> None:
+    """Require floating-point ``[..., K]`` with K a multiple of 16.
+
+    Raises:
+        InputError: it is not.
+    """
     if x.dim() < 1 or x.shape[-1] % BLOCK:
         raise InputError(f"quantize: the last dimension must be a multiple of {BLOCK}, found shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise InputError(f"quantize: expected a floating-point tensor, found {x.dtype}")
+
+
+def _blocks(x: Tensor) -> Tensor:
+    check_quantizable(x)
     return x.float().unflatten(-1, (-1, BLOCK))
 
 

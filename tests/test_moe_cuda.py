@@ -102,24 +102,38 @@ def test_run_allocates_nothing_but_the_result(target, mode):
 
 
 def test_every_budget_replays(target):
-    """One graph for each of 1, 2, 4 ... 256 tokens, replayed in mixed order with fresh routings, gives eager's bits."""
-    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, activation_scale="token")
+    """One graph for each of 1, 2, 4 ... 8192 tokens, replayed in mixed order with fresh routings, gives eager's bits.
+
+    Some replays have padding rows, by id -1 and by ``num_valid_tokens``: those are zero.
+    """
+    device = target[1]
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=K, max_num_tokens=8192, activation_scale="token")
     moe.warmup()
     graphs = {}
-    for budget in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        args = on(target[1], *inputs(budget, H, K, E))
-        out = poisoned(budget, H, target[1])
+    for budget in (1 << n for n in range(14)):
+        args = on(device, *inputs(budget, H, K, E))
+        valid = torch.tensor([budget], dtype=torch.int32, device=device)
+        out = poisoned(budget, H, device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            moe.run(*args, out=out)
-        graphs[budget] = (graph, args, out)
-    for seed in (1, 2):
-        for graph, args, out in reversed(graphs.values()):
-            for old, new in zip(args, inputs(args[0].shape[0], H, K, E, seed=seed), strict=True):
+            moe.run(*args, out=out, num_valid_tokens=valid)
+        graphs[budget] = (graph, args, valid, out)
+    for seed in (1, 2, 3):
+        for budget, (graph, args, valid, out) in reversed(graphs.items()):
+            for old, new in zip(args, inputs(budget, H, K, E, seed=seed), strict=True):
                 old.copy_(new)
+            padding = torch.zeros(budget, dtype=torch.bool, device=device)
+            if seed == 2:
+                padding[1::3] = True
+                args[2][padding] = -1
+            if seed == 3:
+                padding[(budget + 1) // 2 :] = True
+                valid.fill_((budget + 1) // 2)
             out.fill_(torch.nan)
             graph.replay()
-            assert torch.equal(out, moe.run(*args))
+            assert torch.equal(out, moe.run(*args, num_valid_tokens=valid)), (budget, seed)
+            assert not out[padding].any()
+            assert bool(out[~padding].any(dim=1).all())
 
 
 def test_two_layers_on_two_streams(target):

@@ -37,25 +37,43 @@ class Tiling:
 
     Attributes:
         rows_per_expert: the largest mean, ``T * k / E``, that this line serves.
-        gemm1: ``(block_m, block_n, num_warps, num_stages, programs_per_sm)`` of gate and up.
+        gemm1: ``(block_m, block_n, num_warps, num_stages, programs_per_sm, wgmma)`` of gate and up.
         gemm2: the same of down; ``block_m`` is shared.
     """
 
     rows_per_expert: float
-    gemm1: tuple[int, int, int, int, int]
-    gemm2: tuple[int, int, int, int, int]
+    gemm1: tuple[int, int, int, int, int, bool]
+    gemm2: tuple[int, int, int, int, int, bool]
 
 
-# Measured on an H200, V4-Flash (256 experts, 4096 x 2048, top-6), W4A16, microseconds of the whole layer:
-#   T = 1, 64, 256, 512: a row tile of 16 with three stages 80, 1659, 2119, 2430; with four 85, 1823, 2314; with two
-#   and five more; 128 outputs 117, 2139 at T = 1, 64. T = 512 with a tile of 32: 2478.
-#   T = 1024: 32 rows 2589, 64 rows 3106. T = 2048: 64 rows 3169.
-#   T = 4096, 8192: 128 rows by 128 outputs 4626, 8779; 64 by 64 6136, 10495; 128 by 64 10795 at 8192.
+# Measured on an H200, V4-Flash (256 experts, 4096 x 2048, top-6), W4A16, microseconds of the whole layer. A tiling is
+# written as rows x weight rows, stages, programs for each multiprocessor; 4 warps but where it says otherwise.
+#   T = 1: 8 x 64, 8 stages, 4 programs 40; 10 stages, 3 programs 42; 4 stages, 5 programs 53.
+#   T = 2, 4: 8 x 64, 4, 6 58, 105; 6, 5 66, 108; 8, 4 67; 10, 3 123 at T = 4.
+#   T = 8, 32, 128: 8 x 128, 4, 4 181, 517, 943; 4, 3 186, 534, 951; 8 x 64, 4, 6 194, 572; 16 x 128 1118 at T = 128.
+#   T = 256: 8 x 128 1082, 16 x 128 1184, 16 x 64 1182, 8 warps 1276. T = 512: 16 x 128 1218, with wgmma 1223,
+#   32 x 128 with wgmma 1363.
+#   T = 1024, with wgmma: 32 x 128 1402, 64 x 128 1818, 32 x 256 1630. T = 2048: 64 x 128 1846, 8 warps 1922.
+#   T = 4096, 8192, with wgmma: 128 x 256, 8 warps 3289, 6611; 64 x 128, 8 warps 3720, 6940; 128 x 128 3820, 7472.
+# Lines for any GPU: within the 99 KiB of shared memory that the smallest of them have.
+_FEW_ROWS = (
+    Tiling(1 / 32, (8, 64, 4, 8, 4, False), (8, 64, 4, 8, 4, False)),
+    Tiling(1 / 8, (8, 64, 4, 4, 6, False), (8, 64, 4, 4, 6, False)),
+    Tiling(8, (8, 128, 4, 4, 4, False), (8, 128, 4, 4, 4, False)),
+    Tiling(16, (16, 128, 4, 4, 3, False), (16, 128, 4, 4, 3, False)),
+)
+
 TILINGS = (
-    Tiling(16, (16, 64, 4, 3, 4), (16, 64, 4, 3, 4)),
-    Tiling(32, (32, 64, 4, 3, 6), (32, 64, 4, 3, 6)),
-    Tiling(64, (64, 64, 4, 3, 4), (64, 64, 4, 3, 4)),
-    Tiling(float("inf"), (128, 128, 8, 3, 1), (128, 128, 8, 3, 1)),
+    *_FEW_ROWS,
+    Tiling(32, (32, 64, 4, 4, 4, False), (32, 64, 4, 4, 4, False)),
+    Tiling(float("inf"), (64, 128, 8, 3, 1, False), (64, 128, 8, 3, 1, False)),
+)
+
+HOPPER_TILINGS = (
+    *_FEW_ROWS,
+    Tiling(32, (32, 128, 4, 4, 2, True), (32, 128, 4, 4, 2, True)),
+    Tiling(64, (64, 128, 4, 3, 2, True), (64, 128, 4, 3, 2, True)),
+    Tiling(float("inf"), (128, 256, 8, 3, 1, True), (128, 256, 8, 3, 1, True)),
 )
 
 
@@ -65,15 +83,17 @@ class PortableBackend:
     name = "portable"
 
     def __init__(self, config: MoEConfig, device: torch.device):
-        from dsv4.kernels.triton.grouped_gemm import Matrix
+        from dsv4.kernels.triton.weight_layout import Matrix
 
         self.config = config
         self.device = device
         self._plan = _plan(config)
         i, h = config.intermediate_size, config.hidden_size
-        self._l1 = Matrix(2 * i, h, 0)
+        self._l1 = Matrix(2 * i, h, 0, interleaved=True)
         self._l2 = Matrix(h, i, self._l1.end)
-        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        self._multiprocessors = properties.multi_processor_count
+        self._tilings = HOPPER_TILINGS if properties.major == 9 else TILINGS
 
     @classmethod
     def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
@@ -144,7 +164,7 @@ class PortableBackend:
             operand_scale = views["act_scale"][:slots]
             if source is ScaleSource.BATCH:
                 batch_amax(activated, local, tables.amax[1:], 1)
-            if cfg.fused_swiglu or source is ScaleSource.BATCH:
+            if source is ScaleSource.BATCH or (cfg.fused_swiglu and source is ScaleSource.ROW):
                 stage_rows(activated, activated, operand_scale, source=source, scale=scale, local_ids=local)
         slot_rows = self._slot_rows(views, slots)
         grouped_gemm(
@@ -195,8 +215,8 @@ class PortableBackend:
         config: GemmConfig,
         quantize: bool,
     ) -> Tensor:
-        """Stage the tokens, multiply, SwiGLU: bf16 ``[S, I]``, or already staged where nothing is left to know."""
-        from dsv4.kernels.triton.grouped_gemm import grouped_gemm
+        """Stage the tokens, multiply, SwiGLU: bf16 ``[S, I]``, already staged where the scale is known by then."""
+        from dsv4.kernels.triton.grouped_gemm import Requantize, grouped_gemm
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
 
         cfg = self.config
@@ -223,11 +243,16 @@ class PortableBackend:
             x = staged
 
         weights = call.topk_weights if cfg.route_weight == "before_down" else None
-        activated = views["act"][:slots]
+        activated, operand_scale = views["act"][:slots], views["act_scale"][:slots]
+        source, scale = ScaleSource.NONE, None
+        if quantize:
+            source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
         if cfg.fused_swiglu:
+            known = scale if source is ScaleSource.EXPERT else None
             grouped_gemm(
                 x, x_scale, packed.experts, self._l1, packed.l1_gs, tables.tiles, activated, config,
-                slots_per_row=slots_per_row, gated=True, limit=cfg.swiglu_limit, topk_weights=weights,
+                slots_per_row=slots_per_row, swiglu=True, limit=cfg.swiglu_limit, topk_weights=weights,
+                requantize=Requantize(known, operand_scale) if known is not None else None,
                 multiprocessors=self._multiprocessors,
             )  # fmt: skip
             return activated
@@ -236,13 +261,10 @@ class PortableBackend:
             x, x_scale, packed.experts, self._l1, packed.l1_gs, tables.tiles, gate_up, config,
             slots_per_row=slots_per_row, multiprocessors=self._multiprocessors,
         )  # fmt: skip
-        source, scale = ScaleSource.NONE, None
-        if quantize:
-            source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
-            if source is ScaleSource.BATCH:  # the maximum is not known yet
-                source = ScaleSource.NONE
+        if source is ScaleSource.BATCH:  # the maximum is not known yet
+            source = ScaleSource.NONE
         stage_rows(
-            gate_up, activated, views["act_scale"][:slots], source=source, scale=scale, local_ids=tables.local_ids,
+            gate_up, activated, operand_scale, source=source, scale=scale, local_ids=tables.local_ids,
             swiglu=True, limit=cfg.swiglu_limit, weights=weights,
         )  # fmt: skip
         return activated
@@ -273,7 +295,7 @@ class PortableBackend:
         from dsv4.kernels.triton.grouped_gemm import GemmConfig
 
         mean = tokens * self.config.top_k / self.config.num_experts
-        tiling = next(t for t in TILINGS if mean <= t.rows_per_expert)
+        tiling = next(t for t in self._tilings if mean <= t.rows_per_expert)
         return GemmConfig(*tiling.gemm1), GemmConfig(*tiling.gemm2)
 
     def _expert_amax(self, amax: Tensor, tables: RoutingBuffers) -> Tensor:
@@ -298,8 +320,9 @@ def _plan(config: MoEConfig) -> BufferPlan:
 
     slots, e = config.max_slots, config.num_experts
     h, i = config.hidden_size, config.intermediate_size
-    smallest = min(t.gemm1[0] for t in TILINGS)
-    rows = max(capacity(slots, e, t.gemm1[0]) for t in TILINGS)
+    row_tiles = {t.gemm1[0] for t in (*TILINGS, *HOPPER_TILINGS)}
+    smallest = min(row_tiles)
+    rows = max(capacity(slots, e, tile) for tile in row_tiles)
     per_slot = config.quantizes_activations and config.l1_scale_policy == "per_expert"
     x_rows = slots if per_slot else config.max_num_tokens
     staged = config.quantizes_activations or config.route_weight == "input"

@@ -29,9 +29,9 @@ from dsv4.weights import MoEWeights
 TOLERANCE = 5e-3
 """Relative L2 between two backends: each may be 3e-3 from the exact result, in independent directions."""
 
-_EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 8, 256, 128, 2
-_TOKENS = (1, 32, 64, 192, 512)
-"""With 8 experts and 2 choices these reach every line of the backends' tables."""
+_EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 64, 256, 128, 2
+_TOKENS = (1, 4, 48, 384, 768, 1536, 4096)
+"""With 64 experts and 2 choices these reach every line of the backends' tables: tests/kernels compares them."""
 
 
 @cache

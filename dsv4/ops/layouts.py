@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import InputError
+from dsv4.ops.device import has_kernel
 
 ROW_TILE = 128
 COL_TILE = 4
@@ -88,21 +89,23 @@ class Swizzle32x4x4:
         return matrix[: self.rows, : self.cols].contiguous().view(flat.dtype)
 
 
-def _bytes(sf: Tensor) -> Tensor:
+def _check_one_byte(sf: Tensor) -> None:
     if sf.element_size() != 1:
         raise InputError(f"scales: expected a one-byte dtype (float8_e4m3fn or uint8), found {sf.dtype}")
+
+
+def _bytes(sf: Tensor) -> Tensor:
+    _check_one_byte(sf)
     return sf.contiguous().view(torch.uint8)
 
 
 def pad_and_swizzle_single(sf: Tensor) -> Tensor:
     """Scales ``[N, K_sf]`` -> swizzled, flat ``[pad128(N) * pad4(K_sf)]``, padding zero."""
-    if sf.dim() != 2:
-        raise InputError(f"pad_and_swizzle_single: expected scales [N, K_sf], found shape {tuple(sf.shape)}")
-    return Swizzle32x4x4(*sf.shape).swizzle(sf)
+    return swizzle_32_4_4(sf)
 
 
 def swizzle_32_4_4(sf: Tensor, out: Tensor | None = None) -> Tensor:
-    """Swizzle a whole buffer of scales on its device, safe under CUDA-graph capture.
+    """Swizzle a whole buffer of scales on its device, safe under CUDA-graph capture. Moves two bytes a scale there.
 
     Args:
         sf: one-byte scales ``[rows, K_sf]``.
@@ -112,16 +115,26 @@ def swizzle_32_4_4(sf: Tensor, out: Tensor | None = None) -> Tensor:
         ``out``, or a flat tensor of that many elements.
 
     Raises:
-        InputError: shapes or dtypes do not fit.
+        InputError: shapes, dtypes or devices do not fit.
     """
-    flat = pad_and_swizzle_single(sf)
-    if out is None:
-        return flat
-    if out.numel() != flat.numel() or out.dtype != sf.dtype or not out.is_contiguous():
+    if sf.dim() != 2:
+        raise InputError(f"swizzle: expected scales [N, K_sf], found shape {tuple(sf.shape)}")
+    layout = Swizzle32x4x4(*sf.shape)
+    if out is not None and (out.numel() != layout.numel or out.dtype != sf.dtype or not out.is_contiguous()):
         raise InputError(
-            f"swizzle_32_4_4: out must be contiguous {sf.dtype} with {flat.numel()} elements, "
+            f"swizzle_32_4_4: out must be contiguous {sf.dtype} with {layout.numel} elements, "
             f"found {out.dtype} {tuple(out.shape)}"
         )
+    if out is not None and out.device != sf.device:
+        raise InputError(f"swizzle_32_4_4: out must be on the scales' device {sf.device}, found {out.device}")
+    if has_kernel(sf):
+        _check_one_byte(sf)
+        out = torch.empty(layout.numel, dtype=sf.dtype, device=sf.device) if out is None else out
+        torch.ops.nvfp4.swizzle(sf, out)
+        return out
+    flat = layout.swizzle(sf)
+    if out is None:
+        return flat
     _bytes(out).view(-1).copy_(_bytes(flat))
     return out
 

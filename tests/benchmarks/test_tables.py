@@ -41,6 +41,7 @@ RESULTS = {
 @pytest.fixture
 def tables(monkeypatch) -> Callable[..., str | None]:
     """The script: ``tables(*arguments)`` gives what it has to complain about, None if nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -100,3 +101,42 @@ def test_missing_comments(paths, tables):
     readme.write_text("# Title\n")
     with pytest.raises(ValueError, match="bench:cpu_layer"):
         tables(*arguments)
+
+
+def gpu_document(*results: dict) -> dict:
+    return {
+        "commit": "0123456",
+        "gpu": "Abacus 9",
+        "shape": "v4-flash",
+        "routing": "uniform",
+        "versions": {"torch": "2.99", "triton": "3.99"},
+        "backends": {"w4a16": "portable", "w4a4-token": "portable"},
+        "results": list(results),
+    }
+
+
+def gpu_table(document: dict, paths, tables) -> list[list[str]]:
+    readme, arguments = paths
+    readme.write_text("<!-- bench:h200_v4_flash -->\n<!-- /bench -->\n" + README)
+    (Path(arguments[-1]) / "h200_v4_flash.json").write_text(json.dumps(document))
+    assert tables(*arguments) is None
+    lines = readme.read_text().splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: lines.index("")]]
+
+
+def test_peers_are_compared_with_the_mode_that_computes_the_same(paths, tables):
+    """A peer that quantizes activations stands beside our W4A4, another beside W4A16; of two modes the faster counts.
+
+    A peer, or a mode of ours, without a time in a row has a dash there; one without any time has no column.
+    """
+    ours = {"w4a16": 100.0, "w4a4-token": 50.0}
+    first = ours | {"humming-indexed": 90.0, "humming-grouped": 80.0, "vllm-emulation": 300.0}
+    second = {"w4a16": 200.0, "humming-indexed": 150.0, "grouped-mm": 400.0}
+    head, _, *rows = gpu_table(
+        gpu_document({"tokens": 1, "floor_us": 25.0, "us": first}, {"tokens": 4, "floor_us": 50.0, "us": second}),
+        paths,
+        tables,
+    )
+    assert head[4:] == ["Humming W4A16, faster mode", "torch grouped_mm bf16 (products)", "vLLM emulation W4A4"]
+    assert rows[0][2:] == ["100 (25%)", "50 (50%)", "80 (dsv4 0.80x its speed)", "-", "300 (dsv4 6.00x its speed)"]
+    assert rows[1][2:] == ["200 (25%)", "-", "150 (dsv4 0.75x its speed)", "400 (dsv4 2.00x its speed)", "-"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 _POINTERS = {
@@ -49,11 +49,14 @@ class Launch:
                 attributes[(index,)] = _DIVISIBLE
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
+            elif value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name], constants[parameter.name] = "constexpr", 1
             else:
                 signature[parameter.name] = "i32"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = _DIVISIBLE
-        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        language = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = language(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
 
 
@@ -64,8 +67,9 @@ def recorded() -> Iterator[list[Launch]]:
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = [p.name for p in self.params]
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-        launches.append(Launch(self, tuple(grid), dict(zip(names, args, strict=False)) | kwargs, options))
+        options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
+        arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        launches.append(Launch(self, tuple(grid), arguments, options))
 
     original = JITFunction.run
     JITFunction.run = run
@@ -75,10 +79,10 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def sass(cubin: bytes, folder: Any) -> Counter[str]:
-    """How often each instruction (its first word) stands in a cubin, by Triton's own disassembler."""
+def sass(cubin: bytes, folder: Any) -> list[str]:
+    """The instructions (their first words) of a cubin in order, by Triton's own disassembler."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
     text = subprocess.run([tool, str(path)], capture_output=True, text=True, check=True).stdout
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text, re.M))
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text, re.M)

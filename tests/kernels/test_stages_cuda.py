@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 if torch.cuda.is_available():
     from dsv4.kernels.triton import packing, stages
-    from dsv4.kernels.triton.grouped_gemm import Matrix, TileMap
+    from dsv4.kernels.triton.grouped_gemm import TileMap
     from dsv4.kernels.triton.routing import RoutingBuffers, histogram_size, route
     from dsv4.kernels.triton.stages import ScaleSource
+    from dsv4.kernels.triton.weight_layout import Matrix
 
 DEVICE = torch.device("cuda")
 POISON = 0x5A5A5A5A
@@ -38,7 +39,9 @@ def routing_buffers(slots: int, experts: int, tile: int) -> RoutingBuffers:
 @pytest.mark.parametrize("tile", [16, 64, 128])
 @pytest.mark.parametrize("experts", [1, 7, 32, 256, 384])
 @pytest.mark.parametrize(
-    ("tokens", "top_k"), [(1, 1), (1, 6), (10, 6), (11, 6), (64, 6), (333, 5), (1366, 6), (8192, 6)]
+    ("tokens", "top_k"),
+    # 170 and 171, 2730 and 2731: either side of where the launches change.
+    [(1, 1), (1, 6), (11, 6), (64, 6), (170, 6), (171, 6), (333, 5), (2730, 6), (2731, 6), (8192, 6)],
 )
 def test_routing_tables(tokens, top_k, experts, tile):
     """Every entry of every table equals the torch twin's: uniform, skewed, dropped, masked and empty routing."""
@@ -125,11 +128,12 @@ def test_quantized_rows_are_the_twins_bits(source, k):
         assert torch.equal(again[served].view(torch.int16), out[served].view(torch.int16))
 
 
-@pytest.mark.parametrize("top_k", [1, 6])
-def test_combine(top_k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "h"), [(1, 80), (6, 80), (6, 4096), (8, 7168)])
+def test_combine(top_k, h, dtype):
     """fp32 sums in slot order; dropped slots add nothing, though their rows hold NaN and their weights Inf."""
-    tokens, h = 37, 80
-    rows = torch.randn(tokens * top_k, h, device=DEVICE)
+    tokens = 37
+    rows = torch.randn(tokens * top_k, h, device=DEVICE).to(dtype)
     weights = torch.rand(tokens, top_k, device=DEVICE)
     local = torch.randint(-1, 4, (tokens * top_k,), device=DEVICE, dtype=torch.int32)
     dropped = local < 0
@@ -143,13 +147,14 @@ def test_combine(top_k):
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (64, 128), (256, 4096)])
-def test_packing_is_a_bijection(n, k):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(32, 16), (96, 80), (64, 128), (256, 4096)])
+def test_packing_is_a_bijection(n, k, interleaved):
     """Unpacking gives back every byte; one expert's bytes stand in its own row alone."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     codes = torch.randint(0, 256, (3, n, k // 2), dtype=torch.uint8, device=DEVICE, generator=generator)
     scales = torch.randint(0, 0x7F, (3, n, k // 16), dtype=torch.uint8, device=DEVICE, generator=generator)
-    matrix = Matrix(n, k, 256)
+    matrix = Matrix(n, k, 256, interleaved)
     experts = torch.full((3, matrix.end + 16), 0xA5, dtype=torch.uint8, device=DEVICE)
     packing.pack(codes, scales, matrix, experts)
     got_codes, got_scales = packing.unpack(experts, matrix)

@@ -14,13 +14,14 @@ from oracle import assert_same_bytes, wide_values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv4.errors import InputError
-from dsv4.ops.layouts import interleave_l1_weights
+from dsv4.ops.layouts import interleave_l1_weights, swizzle_32_4_4
 from dsv4.ops.quantize import (
     deinterleave_amax_quantize_nvfp4_fused,
     deinterleave_quantize_nvfp4_cuda,
     quantize_activation_nvfp4,
     quantize_nvfp4_gpu,
     quantize_nvfp4_gpu_fused,
+    quantize_nvfp4_swizzled,
     quantize_to_nvfp4,
     quantize_weight_to_nvfp4,
     token_global_scales,
@@ -108,6 +109,21 @@ def test_given_scales_over_all_ranges(exponent, dtype, log_gs, seed):
     assert_same_bytes(*quantize_activation_nvfp4(x, gs), oracle.quantize(x, gs))
 
 
+def test_ties(device):
+    """Midpoints go to the even code, their neighbours in fp32 to the nearer one; zeros and what rounds to zero keep
+    their signs."""
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    below, above = (midpoints.nextafter(torch.tensor(to)) for to in (0.0, 9.0))
+    rows = torch.stack([torch.cat([torch.tensor([6.0, 0.0]), part, -part]) for part in (midpoints, below, above)])
+    even, lower, upper = [0, 2, 2, 4, 4, 6, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]
+    want = [[7, 0, *codes, *(c + 8 for c in codes)] for codes in (even, lower, upper)]
+    exact = dict.fromkeys((1.0, 2.0**-60, 2.0**-95, 2.0**60), 3) | dict.fromkeys((3.0, 11 * 2.0**-70, 83 * 2.0**40), 1)
+    for scale, count in exact.items():  # the neighbours of a midpoint times 3 are not all fp32 numbers
+        fp4, sf = quantize_activation_nvfp4((rows[:count] * scale).to(device), scale)
+        assert sf.float().eq(1).all()
+        assert oracle.unpack(fp4).tolist() == want[:count]
+
+
 def test_given_scale_is_rounded_to_fp32(device):
     """A float64 gs just below 1 is 1: 2.5 is then a tie, and goes to 2."""
     x = torch.zeros(2, 16, device=device)
@@ -141,6 +157,36 @@ def test_token_scales_make_rows_independent(device):
             assert alone_gs.item() == gs[row].item()
             assert torch.equal(alone_fp4[0], fp4[row])
             assert torch.equal(alone_sf.view(torch.uint8)[0], sf.view(torch.uint8)[row])
+
+
+@pytest.mark.parametrize("log_gs", [-149, -140, -127, -120, -100, 100, 126])
+def test_given_scales_at_the_ends_of_fp32(device, log_gs):
+    """Also where ``sf * gs`` is subnormal or nothing, and where ``x / gs`` is infinite: the oracle's bytes."""
+    ranges = ((low, min(low + 8, 127.5)) for low in (log_gs, -149, 0, 119))
+    x = torch.cat([wide_values((3, 64), *bounds, torch.float32, seed) for seed, bounds in enumerate(ranges)])
+    gs = torch.tensor(2.0**log_gs) * 1.25
+    with np.errstate(all="ignore"):
+        want = oracle.quantize(x, gs)
+    assert_same_bytes(*quantize_activation_nvfp4(x.to(device), gs.to(device)), want)
+
+
+VIEWS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other column": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "columns of wider rows": lambda x: torch.nn.functional.pad(x, (3, 5), value=math.nan)[:, 3:-5],
+    "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "one row many times": lambda x: x[:1].expand(7, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_views(device, view, dtype):
+    """Values are found by strides, whatever they are, and float64 is rounded to fp32 first."""
+    x = VIEWS[view](wide_values((7, 80), -6, 6, dtype, seed=6).to(device))
+    want = oracle.quantize(x.float())
+    assert_same_bytes(*quantize_to_nvfp4(x)[:2], want)
+    assert_same_bytes(*quantize_activation_nvfp4(x, torch.tensor(want[2], device=device)), want)
 
 
 # Interleaved results of the fused GEMM.
@@ -236,6 +282,10 @@ CALLS = {
     "deinterleave_quantize": lambda x: deinterleave_quantize_nvfp4_cuda(x, x.shape[1] // 2, x.new_ones(())),
     "deinterleave_amax": lambda x: deinterleave_amax_quantize_nvfp4_fused(x, x.shape[1] // 2),
     "quantize_weight_to_nvfp4": quantize_weight_to_nvfp4,
+    "quantize_nvfp4_swizzled": lambda x: quantize_nvfp4_swizzled(x, x.new_ones(())),
+    "quantize_nvfp4_swizzled-experts": lambda x: quantize_nvfp4_swizzled(
+        x, x.new_ones(5), torch.arange(5, device=x.device)
+    ),
     "quantize_weight_to_nvfp4-4/6": lambda w: quantize_weight_to_nvfp4(w, four_over_six=True),
 }
 
@@ -263,3 +313,26 @@ def test_shapes_without_values(name):
     assert signature(CALLS[name](torch.ones(32, 32, device="meta"))) == want
     with FakeTensorMode():
         assert signature(CALLS[name](torch.ones(32, 32))) == want
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("quantize_weight")])
+def test_kernels_have_fakes(name):
+    """The operators that a GPU's tensors take have fakes: shapes and dtypes of the real results."""
+    want = [(t.shape, t.dtype) for t in CALLS[name](torch.ones(32, 32))]
+    with FakeTensorMode():
+        got = CALLS[name](torch.ones(32, 32, device="cuda"))
+    assert [(t.shape, t.dtype) for t in got] == want
+    assert {t.device.type for t in got} == {"cuda"}
+
+
+def test_torch_compile_traces_through(device):
+    """One graph without a break, and the same bytes."""
+
+    def pipeline(x):
+        fp4, sf, gs = quantize_nvfp4_gpu_fused(x)
+        return fp4, swizzle_32_4_4(sf), gs, *quantize_nvfp4_swizzled(x, gs)
+
+    x = wide_values((40, 64), -5, 5, torch.bfloat16, seed=7).to(device)
+    got = torch.compile(pipeline, fullgraph=True, backend="aot_eager")(x)
+    for a, b in zip(got, pipeline(x), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -1,24 +1,13 @@
 """Grouped GEMM over NVFP4 weights: decode in registers, multiply on bf16 tensor cores, any NVIDIA GPU from Ampere on.
 
+Written in Gluon, Triton's language with explicit layouts: a plain Triton kernel decodes just as fast, but then sends
+the decoded weights through shared memory, since the compiler does not see that they already stand where the tensor
+cores want them.
+
 **Operands are swapped.** A product has few tokens and many outputs, so the *weights* are the left operand, ``[BN, K]``,
-and the tokens the right one, ``[K, BM]``: Hopper's wgmma wants 64 rows of the left operand but takes any multiple of 8
-columns of the right one, and takes its left operand from registers, which is where decoding leaves it.
-
-**K order in a word.** A row is cut into blocks of 128 along K, 64 bytes each; the 32-bit word ``q`` of a block holds
-codes ``4q .. 4q + 3`` (the *low* operand, the block's first 64 values of K) and ``64 + 4q .. 64 + 4q + 3`` (the *high*
-one). Either operand alone is contiguous along K: two products follow one load, and nothing moves between threads.
-
-**Bits in a word.** Decoding wants two codes at a time in the 16-bit lanes of a register: sign in bit 15, magnitude in
-bits 8 to 6, the rest zero. A plain nibble takes four instructions to get there. So the 32 bits of a word are placed
-such that most of them stand right after one rotation. In the lane of ``4q + i`` (lane ``i % 2``)::
-
-    low  0, 1    magnitude 8 7 6       sign 15                       mask
-    low  2, 3    magnitude 11 10 9     sign 2, in the other lane     rotate by 3, mask
-    high 0, 1    magnitude 14 13 12    sign 5, in the other lane     rotate by 6, mask
-    high 2, 3    magnitude 0 4 3       sign 1                        mask, multiply by 2^3 + 2^8 + 2^14, mask
-
-The multiplication moves the four remaining bits at once: no two of its partial products meet in a bit, so nothing
-carries. That is two instructions for two codes, one of eight of them off the integer pipe.
+which tensor cores take from registers, where decoding leaves it; the tokens are the right one, ``[K, BM]``, of which 8
+columns are enough. Weights stand in memory in the order of the left operand's fragments: see
+:mod:`dsv4.kernels.triton.weight_layout`.
 
 **Decoding** is exact. The three magnitude bits of a code, put where bf16 has the low bits of its exponent and the high
 bit of its mantissa, read as ``value * 2^-126`` (0.5 as a subnormal). The bits of an e4m3 scale, shifted by four, read
@@ -26,29 +15,37 @@ as ``value * 2^-120``; two exact multiplications turn it into ``value * 2^117``.
 with at most 5 significant bits; the epilogue takes the factor out again with the global scales. No scale is assumed to
 be normal.
 
+**Pipeline.** Codes, scales and gathered token rows travel by asynchronous copies through a ring of ``STAGES`` slots.
+Copies are issued two steps short of the ring's length ahead, right after the step's barrier: a slot that is filled was
+read two steps ago.
+
 **Schedule.** The grid is persistent: programs walk the tiles (row tile, output tile) that the routing kernel counted on
 the device; no launch depends on a token count. A row tile belongs to one expert; its rows name slots, whose token (or
-slot) rows are gathered by the loads themselves, and results are written at the slot. Padding rows name slot -1: nothing
-is read or written for them.
+slot) rows are gathered by the loads themselves, and results are written at the slot. Padding rows name slot -1:
+nothing is read or written for them.
+
+**Tensor cores.** ``mma`` instructions take their right operand from registers, too, and suit few tokens; on Hopper,
+``wgmma`` takes it from shared memory and is twice as fast with many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from dsv4.kernels.triton.numerics import silu_product
-from dsv4.ops.layouts import ceil_div, round_up
+from dsv4.kernels.triton.numerics import quantize_block, silu_product
+from dsv4.kernels.triton.weight_layout import CHUNK_BYTES, CODE_BYTES, Matrix
+from dsv4.ops.layouts import ceil_div
 
-K_BLOCK = 128
-"""Weights are padded to a multiple of this along K."""
-
-_HALF = tl.constexpr(64)
-_GROUPS = tl.constexpr(4)  # block scales in half a K block
-_UNSCALE = tl.constexpr(512.0)  # 2^9, what decoding leaves out
+_CHUNK = gl.constexpr(CHUNK_BYTES)
+_CODES = gl.constexpr(CODE_BYTES)
+_SCALES = gl.constexpr(CHUNK_BYTES - CODE_BYTES)
+_UNSCALE = gl.constexpr(512.0)  # 2^9, what decoding leaves out
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,12 @@ class GemmConfig:
     """How one product is tiled.
 
     Attributes:
-        block_m: slots of a row tile.
-        block_n: outputs of a tile (of gate and of up each, when both are computed).
-        num_warps: warps of a program.
-        num_stages: depth of the load pipeline.
+        block_m: slots of a row tile, a power of two from 8 on.
+        block_n: rows of the weight matrix in a tile: 64, 128 or 256; half as many outputs with gate and up interleaved.
+        num_warps: 4 or 8; each takes 16 rows at a time.
+        num_stages: slots of the ring, at least 3.
         programs_per_sm: persistent programs for each multiprocessor.
+        wgmma: use Hopper's ``wgmma`` where the GPU has it.
     """
 
     block_m: int
@@ -68,22 +66,13 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    wgmma: bool = False
 
 
-@triton.jit
-def _scales(words):
-    """Four e4m3 scales in each 32-bit word, ``[BN]`` -> bf16 ``[BN, 4]``, times 2^117."""
-    # A negative zero is a zero: the sign goes.
-    bits = (words[:, None] >> (8 * tl.arange(0, _GROUPS))[None, :]) & 0x7F
-    field = (bits << 4).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    # Two steps: 2^237 is no bf16 number.
-    return field * tl.full((), 2.0**120, tl.bfloat16) * tl.full((), 2.0**117, tl.bfloat16)
-
-
-@triton.jit
+@gluon.jit
 def _low_fields(q):
-    """Bytes of packed words -> their low codes as bf16, times 2^-126: see the module docstring."""
-    return tl.inline_asm_elementwise(
+    """Bytes of packed words -> their low codes as bf16, times 2^-126: see the weight layout's docstring."""
+    return gl.inline_asm_elementwise(
         """
         {
         .reg .b32 r;
@@ -94,16 +83,16 @@ def _low_fields(q):
         """,
         "=r,=r,r",
         [q],
-        dtype=tl.bfloat16,
+        dtype=gl.bfloat16,
         is_pure=True,
         pack=4,
     )
 
 
-@triton.jit
+@gluon.jit
 def _high_fields(q):
     """The same for the high codes."""
-    return tl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         """
         {
         .reg .b32 r;
@@ -116,138 +105,260 @@ def _high_fields(q):
         """,
         "=r,=r,r",
         [q],
-        dtype=tl.bfloat16,
+        dtype=gl.bfloat16,
         is_pure=True,
         pack=4,
     )
 
 
-@triton.jit
-def _step(codes, scales, x_low, x_high, acc, BN: tl.constexpr):
-    """One K block of one operand: ``acc + decode(codes) @ x``."""
-    q = tl.load(codes)
-    # Words, not bytes: asynchronous copies move four bytes at least, and a load that is not one stalls every step.
-    sf_low = _scales(tl.load(scales))
-    sf_high = _scales(tl.load(scales + 1))
-    low = _low_fields(q) * tl.broadcast_to(sf_low[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
-    high = _high_fields(q) * tl.broadcast_to(sf_high[:, :, None], (BN, _GROUPS, 16)).reshape(BN, _HALF)
-    acc = tl.dot(low, x_low, acc)
-    return tl.dot(high, x_high, acc)
+@gluon.jit
+def _scale_fields(q):
+    """Bytes of four e4m3 scales, the middle two exchanged -> bf16 in order, times 2^-120. A sign is dropped: it can
+    only be that of a zero."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 r;
+        shl.b32 r, $2, 4;
+        and.b32 $0, r, 0x07F007F0;
+        shr.u32 r, $2, 4;
+        and.b32 $1, r, 0x07F007F0;
+        }
+        """,
+        "=r,=r,r",
+        [q],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
 
 
-@triton.jit
+@gluon.constexpr_function
+def _bits(unit, count, rank=1):
+    """The bits of an index along the first dimension that tell ``count`` parts of ``unit`` apart."""
+    return [[unit << bit] + [0] * (rank - 1) for bit in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _accumulator_layout(wgmma, warps, columns):
+    """How a result tile ``[BN, BM]`` is spread over the threads."""
+    version, shape = ([3, 0], [16, columns, 16]) if wgmma else ([2, 0], [16, 8])
+    return gl.NVMMADistributedLayout(version, [warps, 1], shape)
+
+
+@gluon.constexpr_function
+def _grouped_layout(warps, repeat):
+    """The left operand as ``[outputs, group, 16]``: which bits of an index a register, a lane, a warp stands for."""
+    registers = [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 1, 0], [0, 2, 0], *_bits(16 * warps, repeat, 3)]
+    lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, _bits(16, warps, 3), [], [16 * warps * repeat, 4, 16])
+
+
+@gluon.constexpr_function
+def _code_layout(warps, repeat):
+    """A tile's code bytes: 16 in a row for each thread, of both pieces."""
+    registers = [[1], [2], [4], [8], [512], *_bits(1024 * warps, repeat)]
+    lanes = [[16], [32], [64], [128], [256]]
+    return gl.DistributedLinearLayout(registers, lanes, _bits(1024, warps), [], [1024 * warps * repeat])
+
+
+@gluon.constexpr_function
+def _scale_layout(warps, repeat):
+    """A tile's scale bytes: 16 in a row, the same for four neighbouring lanes."""
+    registers = [[1], [2], [4], [8], *_bits(128 * warps, repeat)]
+    lanes = [[0], [0], [16], [32], [64]]
+    return gl.DistributedLinearLayout(registers, lanes, _bits(128, warps), [], [128 * warps * repeat])
+
+
+@gluon.jit
+def _scaled(fields, scale, GROUPED: gl.constexpr, A: gl.constexpr, BN: gl.constexpr):
+    """Half a chunk's codes times its scales ``[BN, 4]``: the left operand ``[BN, 64]``. Moves nothing."""
+    f = fields.reshape([BN // 16, 2, 8, 4, 2, 2, 2, 2])  # strip, piece, g, c, 16s, 8s, row, K parity
+    f = f.permute([0, 6, 2, 1, 4, 5, 3, 7]).reshape([BN, 4, 16])
+    f = gl.convert_layout(f, GROUPED, assert_trivial=True) * gl.expand_dims(scale, 2)
+    return gl.convert_layout(f.reshape([BN, 64]), A, assert_trivial=True)
+
+
+@gluon.jit
+def _copy(step, stage, codes, scales, x_ptr, valid, column, K, code_ring, scale_ring, low_ring, high_ring,
+          EVEN_K: gl.constexpr):  # fmt: skip
+    """Start the copies of one step into its slot. What is masked is filled with zeros, and costs no traffic."""
+    async_copy.async_copy_global_to_shared(code_ring.index(stage), codes + step * _CHUNK)
+    async_copy.async_copy_global_to_shared(scale_ring.index(stage), scales + step * _CHUNK)
+    k = step * 128
+    low = valid if EVEN_K else valid & (column + k < K)
+    high = valid if EVEN_K else valid & (column + (k + 64) < K)
+    async_copy.async_copy_global_to_shared(low_ring.index(stage), x_ptr + k, mask=low)
+    async_copy.async_copy_global_to_shared(high_ring.index(stage), x_ptr + (k + 64), mask=high)
+
+
+@gluon.jit
+def _store_rows(value, out, row_slot, first, N, WIDTH, scale, row_scale, BM: gl.constexpr, BO: gl.constexpr,
+                PER_THREAD: gl.constexpr, REQUANTIZE: gl.constexpr, EVEN_N: gl.constexpr,
+                num_warps: gl.constexpr):  # fmt: skip
+    """Write ``value [BO, BM]`` at the slots of a row tile, outputs ``first ..`` of rows of ``WIDTH``."""
+    LANES: gl.constexpr = min(32, BO // PER_THREAD)
+    OUT: gl.constexpr = gl.BlockedLayout([PER_THREAD, 1], [LANES, 32 // LANES], [1, num_warps], [0, 1])
+    value = gl.convert_layout(value.to(out.dtype.element_ty), OUT)
+    slot = gl.load(row_slot + gl.arange(0, BM, gl.SliceLayout(0, OUT)))
+    n = first + gl.arange(0, BO, gl.SliceLayout(1, OUT))
+    valid = slot >= 0
+    slot = gl.where(valid, slot, 0)
+    if REQUANTIZE:
+        # A thread holds whole blocks of 16: nothing is exchanged.
+        blocks = value.to(gl.float32).permute([1, 0]).reshape([BM, BO // 16, 16])
+        blocks = quantize_block(blocks, scale)
+        value = gl.convert_layout(blocks.reshape([BM, BO]).permute([1, 0]).to(out.dtype.element_ty), OUT)
+        if first == 0:
+            gl.store(row_scale + slot, gl.zeros_like(slot).to(gl.float32) + scale, mask=valid)
+    mask = valid[None, :] if EVEN_N else valid[None, :] & (n < N)[:, None]
+    gl.store(out + slot[None, :].to(gl.int64) * WIDTH + n[:, None], value, mask=mask)
+
+
+# A count of 1 made a constant would fold the loop over K away, which the compiler of Gluon code does not survive.
+@gluon.jit(do_not_specialize=["k_blocks", "row_tiles"])
 def _grouped_gemm(
     x,  # bf16 [rows, K]
     x_scale,  # f32 [rows] or unused
     experts,  # u8 [E, expert_bytes]
     gs,  # f32 [E, 2] or [E]
     topk_weights,  # f32 [S] or unused
+    out_scale,  # f32 [E]: with REQUANTIZE, the global scale of the results
     row_slot,
     tile_expert,
     num_tiles,
     out,
+    out_row_scale,  # f32 [S], written with REQUANTIZE
     K,
     k_blocks,
-    N,
+    row_tiles,
+    N,  # outputs: half the matrix's rows where gate and up are interleaved
     expert_bytes,
-    codes_offset,
-    scales_offset,
+    offset,
     limit,
-    SLOTS_PER_ROW: tl.constexpr,  # slots that share a row of x: top_k, or 1
-    GATED: tl.constexpr,  # compute rows n (gate) and n + N (up), and write SwiGLU
-    TWO_SCALES: tl.constexpr,  # gs is [E, 2]: gate, then up
-    HAS_X_SCALE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    SLOTS_PER_ROW: gl.constexpr,  # slots that share a row of x: top_k, or 1
+    GATED: gl.constexpr,  # rows of gate and up are interleaved; gs is [E, 2]
+    SWIGLU: gl.constexpr,  # write SwiGLU, else gate | up
+    HAS_X_SCALE: gl.constexpr,
+    HAS_WEIGHT: gl.constexpr,
+    HAS_LIMIT: gl.constexpr,
+    REQUANTIZE: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    EVEN_N: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    WGMMA: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    n_tiles = tl.cdiv(N, BN)
-    code_row = k_blocks * _HALF  # bytes
-    scale_row = k_blocks * 2  # words
-    total = tl.load(num_tiles) * n_tiles
-    j = tl.arange(0, _HALF)
-    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+    ACC: gl.constexpr = _accumulator_layout(WGMMA, num_warps, BM)
+    RING: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2) if WGMMA else gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    REPEAT: gl.constexpr = BN // (16 * num_warps)
+    GROUPED: gl.constexpr = _grouped_layout(num_warps, REPEAT)
+    CODES_OF_THREAD: gl.constexpr = _code_layout(num_warps, REPEAT)
+    SCALES_OF_THREAD: gl.constexpr = _scale_layout(num_warps, REPEAT)
+    COPY: gl.constexpr = gl.BlockedLayout([16], [32], [num_warps], [0])
+    X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    X_ROW: gl.constexpr = gl.SliceLayout(1, X_COPY)
+    BO: gl.constexpr = BN // 2 if GATED else BN
+
+    code_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN * 64], FLAT)
+    scale_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN * 8], FLAT)
+    low_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, 64], RING)
+    high_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, 64], RING)
+
+    n_tiles = gl.cdiv(N, BO)
+    total = gl.load(num_tiles) * n_tiles
+    code = gl.arange(0, BN * 64, COPY)
+    scale_byte = gl.arange(0, BN * 8, COPY)
+    column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         row_tile = tile // n_tiles
-        expert = tl.load(tile_expert + row_tile)
-        slot = tl.load(row_slot + row_tile * BM + tl.arange(0, BM))
-        valid = slot >= 0
-        x_row = tl.where(valid, slot // SLOTS_PER_ROW, 0)
-        n = (tile % n_tiles) * BN + tl.arange(0, BN)
-        n_safe = n if EVEN_N else tl.minimum(n, N - 1)
-        base = experts + expert.to(tl.int64) * expert_bytes
-        codes = base + codes_offset + n_safe[:, None] * code_row + j[None, :]
-        scales = (base + scales_offset).to(tl.pointer_type(tl.int32)) + n_safe * scale_row
-        x_ptr = x + x_row[None, :].to(tl.int64) * K + j[:, None]
-        acc = tl.zeros((BN, BM), tl.float32)
-        if GATED:
-            acc_up = tl.zeros((BN, BM), tl.float32)
-        for k in range(0, k_blocks * 128, 128):
-            if EVEN_K:
-                x_low = tl.load(x_ptr, mask=valid[None, :], other=0.0)
-                x_high = tl.load(x_ptr + _HALF, mask=valid[None, :], other=0.0)
+        n_tile = tile % n_tiles
+        expert = gl.load(tile_expert + row_tile)
+        slots = row_slot + row_tile * BM
+        slot = gl.load(slots + gl.arange(0, BM, X_ROW))
+        valid = (slot >= 0)[:, None]
+        x_row = gl.where(slot >= 0, slot // SLOTS_PER_ROW, 0)
+        x_ptr = x + x_row[:, None].to(gl.int64) * K + column
+        chunk_of_code, chunk_of_scale = (
+            n_tile * (BN // 64) + code // _CODES,
+            n_tile * (BN // 64) + scale_byte // _SCALES,
+        )
+        if not EVEN_N:  # the last tile may reach beyond the matrix
+            chunk_of_code = gl.minimum(chunk_of_code, row_tiles - 1)
+            chunk_of_scale = gl.minimum(chunk_of_scale, row_tiles - 1)
+        base = experts + expert.to(gl.int64) * expert_bytes + offset
+        codes = base + chunk_of_code * (k_blocks * _CHUNK) + code % _CODES
+        scales = base + chunk_of_scale * (k_blocks * _CHUNK) + (_CODES + scale_byte % _SCALES)
+        gl.thread_barrier()  # nothing of the tile before is read any more
+        for step in gl.static_range(STAGES - 2):
+            if step < k_blocks:
+                _copy(step, step, codes, scales, x_ptr, valid, column, K,
+                      code_ring, scale_ring, low_ring, high_ring, EVEN_K)  # fmt: skip
+            async_copy.commit_group()
+        acc = gl.zeros([BN, BM], gl.float32, ACC)
+        for step in range(k_blocks):
+            async_copy.wait_group(STAGES - 3)
+            ahead = step + (STAGES - 2)
+            if ahead < k_blocks:
+                _copy(ahead, ahead % STAGES, codes, scales, x_ptr, valid, column, K,
+                      code_ring, scale_ring, low_ring, high_ring, EVEN_K)  # fmt: skip
+            async_copy.commit_group()
+            if WGMMA:
+                fence_async_shared()  # wgmma reads what asynchronous copies wrote
+            stage = step % STAGES
+            q = code_ring.index(stage).load(CODES_OF_THREAD)
+            sf = _scale_fields(scale_ring.index(stage).load(SCALES_OF_THREAD))
+            # Two steps: 2^237 is no bf16 number.
+            sf *= gl.full_like(sf, 2.0**120)
+            sf *= gl.full_like(sf, 2.0**117)
+            sf = sf.reshape([BN // 16, 8, 2, 2, 4]).permute([0, 2, 1, 4, 3]).reshape([BN, 4, 2])
+            sf_low, sf_high = gl.split(sf)
+            sf_low = gl.convert_layout(sf_low, gl.SliceLayout(2, GROUPED), assert_trivial=True)
+            sf_high = gl.convert_layout(sf_high, gl.SliceLayout(2, GROUPED), assert_trivial=True)
+            x_low, x_high = low_ring.index(stage).permute([1, 0]), high_ring.index(stage).permute([1, 0])
+            low = _scaled(_low_fields(q), sf_low, GROUPED, A, BN)
+            if WGMMA:
+                acc = warpgroup_mma(low, x_low, acc, is_async=True)
+                high = _scaled(_high_fields(q), sf_high, GROUPED, A, BN)
+                acc = warpgroup_mma(high, x_high, acc, is_async=True)
+                acc, low, high = warpgroup_mma_wait(0, deps=[acc, low, high])
             else:
-                x_low = tl.load(x_ptr, mask=valid[None, :] & (k + j < K)[:, None], other=0.0)
-                x_high = tl.load(x_ptr + _HALF, mask=valid[None, :] & (k + _HALF + j < K)[:, None], other=0.0)
-            acc = _step(codes, scales, x_low, x_high, acc, BN)
-            if GATED:
-                acc_up = _step(codes + N * code_row, scales + N * scale_row, x_low, x_high, acc_up, BN)
-            codes += _HALF
-            scales += 2
-            x_ptr += 128
-        mask = valid[None, :] if EVEN_N else valid[None, :] & (n < N)[:, None]
+                acc = mma_v2(low, x_low.load(B), acc)
+                high = _scaled(_high_fields(q), sf_high, GROUPED, A, BN)
+                acc = mma_v2(high, x_high.load(B), acc)
+
         acc *= _UNSCALE
+        slot_of = gl.load(slots + gl.arange(0, BM, gl.SliceLayout(0, ACC)))
         if HAS_X_SCALE:
-            x_gs = tl.load(x_scale + x_row)[None, :]
-            acc *= x_gs
+            acc *= gl.load(x_scale + gl.where(slot_of >= 0, slot_of // SLOTS_PER_ROW, 0))[None, :]
+        first = n_tile * BO
         if GATED:
-            acc_up *= _UNSCALE
-            if HAS_X_SCALE:
-                acc_up *= x_gs
-            result = silu_product(
-                acc * tl.load(gs + 2 * expert), acc_up * tl.load(gs + 2 * expert + 1), limit, HAS_LIMIT
-            )
-            if HAS_WEIGHT:
-                result *= tl.load(topk_weights + tl.where(valid, slot, 0))[None, :]
-        elif TWO_SCALES:
-            up_half = (n >= N // 2).to(tl.int32)
-            result = acc * tl.load(gs + 2 * expert + up_half)[:, None]
+            pair = acc.reshape([BN // 16, 2, 8, BM]).permute([0, 2, 3, 1]).reshape([BO, BM, 2])
+            gate, up = gl.split(pair)
+            gate *= gl.load(gs + 2 * expert)
+            up *= gl.load(gs + 2 * expert + 1)
+            if SWIGLU:
+                result = silu_product(gate, up, limit, HAS_LIMIT)
+                if HAS_WEIGHT:
+                    LIKE: gl.constexpr = gl.SliceLayout(0, result.type.layout)
+                    safe = gl.convert_layout(gl.where(slot_of >= 0, slot_of, 0), LIKE)
+                    result *= gl.load(topk_weights + safe)[None, :]
+                requantized_by = gl.load(out_scale + expert) if REQUANTIZE else 0.0
+                _store_rows(result, out, slots, first, N, N, requantized_by, out_row_scale, BM, BO,
+                            16 if REQUANTIZE else 8, REQUANTIZE, EVEN_N, num_warps)  # fmt: skip
+            else:
+                _store_rows(gate, out, slots, first, N, 2 * N, 0.0, out_row_scale, BM, BO, 8, False, EVEN_N, num_warps)
+                _store_rows(
+                    up, out + N, slots, first, N, 2 * N, 0.0, out_row_scale, BM, BO, 8, False, EVEN_N, num_warps
+                )
         else:
-            result = acc * tl.load(gs + expert)
-        out_ptr = out + tl.where(valid, slot, 0)[None, :].to(tl.int64) * N + n[:, None]
-        tl.store(out_ptr, result.to(out.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Where one projection of an expert stands in the packed bytes.
-
-    Attributes:
-        out_features: rows, gate and up together for the first projection.
-        in_features: K, a multiple of 16.
-        offset: first byte.
-    """
-
-    out_features: int
-    in_features: int
-    offset: int
-
-    @property
-    def padded_k(self) -> int:
-        """K, rounded up to :data:`K_BLOCK`."""
-        return round_up(self.in_features, K_BLOCK)
-
-    @property
-    def scales_offset(self) -> int:
-        """First byte of the block scales."""
-        return self.offset + self.out_features * self.padded_k // 2
-
-    @property
-    def end(self) -> int:
-        """One past the last byte."""
-        return self.scales_offset + self.out_features * self.padded_k // 16
+            acc *= gl.load(gs + expert)
+            _store_rows(acc, out, slots, first, N, N, 0.0, out_row_scale, BM, BO, 8, False, EVEN_N, num_warps)
 
 
 @dataclass(frozen=True)
@@ -265,6 +376,19 @@ class TileMap:
     num_tiles: Tensor
 
 
+@dataclass(frozen=True)
+class Requantize:
+    """Quantize results as they are written, under scales known beforehand.
+
+    Attributes:
+        scale: fp32 ``[E]``, each expert's global scale.
+        row_scale: fp32 ``[S]``, where the scale of each slot is written.
+    """
+
+    scale: Tensor
+    row_scale: Tensor
+
+
 def grouped_gemm(
     x: Tensor,
     x_scale: Tensor | None,
@@ -276,9 +400,10 @@ def grouped_gemm(
     config: GemmConfig,
     *,
     slots_per_row: int,
-    gated: bool = False,
+    swiglu: bool = False,
     limit: float | None = None,
     topk_weights: Tensor | None = None,
+    requantize: Requantize | None = None,
     multiprocessors: int,
 ) -> None:
     """Multiply every routed slot's row with its expert's matrix.
@@ -288,18 +413,21 @@ def grouped_gemm(
         x_scale: fp32 ``[rows]``, multiplied into that row's results, or None.
         experts: uint8 ``[E, bytes]``.
         matrix: which part of them.
-        gs: fp32 ``[E]``, or ``[E, 2]`` for gate and up.
+        gs: fp32 ``[E]``, or ``[E, 2]`` for an interleaved gate and up.
         tiles: the schedule, with row tiles of ``config.block_m``.
-        out: ``[S, N]``, written at the slot: bf16 or fp32. With ``gated`` N is half the matrix's rows.
+        out: bf16 or fp32, written at the slot: ``[S, N]``, an interleaved matrix's ``[S, 2I]`` (gate, then up), or with
+            ``swiglu`` ``[S, I]``.
         config: the tiling.
         slots_per_row: see ``x``.
-        gated: apply clamped SwiGLU to the two halves.
+        swiglu: apply clamped SwiGLU to an interleaved matrix's results.
         limit: of SwiGLU.
         topk_weights: fp32, ``S`` values, multiplied into SwiGLU's result before it is rounded.
+        requantize: with ``swiglu``, quantize the rounded results; ``out`` holds ``e2m1 * sf``.
         multiprocessors: of the device.
     """
-    n = matrix.out_features // 2 if gated else matrix.out_features
-    n_tiles = ceil_div(n, config.block_n)
+    n = matrix.out_features // 2 if matrix.interleaved else matrix.out_features
+    outputs = config.block_n // 2 if matrix.interleaved else config.block_n
+    n_tiles = ceil_div(n, outputs)
     programs = max(1, min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles))
     _grouped_gemm[(programs,)](
         x,
@@ -307,27 +435,31 @@ def grouped_gemm(
         experts,
         gs,
         topk_weights if topk_weights is not None else gs,
+        requantize.scale if requantize is not None else gs,
         tiles.row_slot,
         tiles.tile_expert,
         tiles.num_tiles,
         out,
+        requantize.row_scale if requantize is not None else gs,
         matrix.in_features,
-        matrix.padded_k // K_BLOCK,
+        matrix.k_blocks,
+        matrix.row_tiles,
         n,
         experts.stride(0),
         matrix.offset,
-        matrix.scales_offset,
         limit or 0.0,
         SLOTS_PER_ROW=slots_per_row,
-        GATED=gated,
-        TWO_SCALES=gs.dim() == 2,
+        GATED=matrix.interleaved,
+        SWIGLU=swiglu,
         HAS_X_SCALE=x_scale is not None,
         HAS_WEIGHT=topk_weights is not None,
         HAS_LIMIT=limit is not None,
-        EVEN_K=matrix.in_features == matrix.padded_k,
-        EVEN_N=n % config.block_n == 0,
+        REQUANTIZE=requantize is not None,
+        EVEN_K=matrix.in_features % 128 == 0,
+        EVEN_N=n % outputs == 0,
         BM=config.block_m,
         BN=config.block_n,
+        WGMMA=config.wgmma,
+        STAGES=config.num_stages,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )

@@ -30,11 +30,15 @@ def round_e4m3(x):
 
 @triton.jit
 def round_e2m1(a):
-    """fp32 magnitudes -> the nearest e2m1 magnitude as fp32, ties to even, saturating at 6. By integers, as above."""
-    bits = a.to(tl.uint32, bitcast=True)
-    above_one = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) & 0xFFC00000).to(tl.float32, bitcast=True)
-    below_one = (a + 4194304.0) - 4194304.0  # where fp32's own steps are 0.5
-    return tl.minimum(tl.where(a < 1.0, below_one, above_one), 6.0)
+    """fp32 magnitudes -> the nearest e2m1 magnitude as fp32, ties to even, saturating at 6.
+
+    Steps are half the power of two below the number, 0.5 at least. Added to 2^22 times that power, fp32's own last bit
+    is one step, and the sum is rounded to it.
+    """
+    a = tl.minimum(a, 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    aligned = (power + (22 << 23)).to(tl.float32, bitcast=True)
+    return (a + aligned) - aligned
 
 
 @triton.jit
@@ -49,27 +53,94 @@ def divide_by(x, divisor, reciprocal):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """``max |x|`` along an axis; NaN where there is one."""
+    return tl.reduce(tl.abs(x), axis, _larger)
+
+
+@triton.jit
+def block_scale(amax, gs):
+    """The e4m3 scale of blocks whose :func:`largest_magnitude` is ``amax``, under ``gs``: fp32, NaN if not finite."""
+    wanted = tl.div_rn(tl.div_rn(amax, 6.0), gs)
+    sf = round_e4m3(tl.minimum(wanted, 448.0))
+    return tl.where((amax < float("inf")) & (wanted == wanted), sf, float("nan"))
+
+
+@triton.jit
+def block_scales(amax, gs):
+    """What a block whose :func:`largest_magnitude` is ``amax`` is quantized with under ``gs``, of any shape.
+
+    Returns:
+        ``(divisor, reciprocal, factor)``: codes are magnitudes over ``divisor``, whose reciprocal stands beside it, and
+        are decoded by ``factor``: the block scale, 0 for a block that keeps no codes, NaN for a non-finite one.
+    """
+    sf = block_scale(amax, gs)
+    step = sf * gs
+    usable = (step > 0) & (step < float("inf"))
+    divisor = tl.where(usable, step, 1.0)
+    factor = tl.where(usable | (sf != sf), sf, 0.0)
+    return divisor, tl.div_rn(1.0, divisor), factor
+
+
+@triton.jit
+def quantize_values(x, divisor, reciprocal, factor):
+    """``e2m1 * sf`` in fp32 of values under their block's :func:`block_scales`, broadcastable against ``x``."""
+    value = round_e2m1(divide_by(tl.abs(x), divisor, reciprocal)) * factor
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quantize_block(x, gs):
     """Quantize ``x [rows, blocks, 16]`` fp32 under ``gs`` (broadcastable against ``[rows, blocks]``).
 
     Returns:
         ``e2m1 * sf`` in fp32, NaN for a non-finite block.
     """
-    a = tl.abs(x)
-    nonfinite = ((a.to(tl.uint32, bitcast=True)) >= 0x7F800000).to(tl.int32)
-    bad = tl.max(nonfinite, axis=2) > 0
-    amax = tl.max(tl.where(nonfinite > 0, 0.0, a), axis=2)
-    wanted = tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), gs), 448.0)
-    sf = round_e4m3(wanted)
-    step = sf * gs
-    usable = (step > 0) & (step < float("inf")) & (bad == 0)
-    divisor = tl.where(usable, step, 1.0)
-    reciprocal = tl.div_rn(1.0, divisor)
-    magnitude = round_e2m1(divide_by(a, divisor[:, :, None], reciprocal[:, :, None]))
-    # A block that keeps no codes is zero, or NaN. Finite numbers times zero keep their sign, and it does not matter.
-    factor = tl.where(bad, float("nan"), tl.where(usable, sf, 0.0))
-    value = magnitude * factor[:, :, None]
-    return tl.where(x < 0, -value, value)
+    divisor, reciprocal, factor = block_scales(largest_magnitude(x, 2), gs)
+    return quantize_values(x, divisor[:, :, None], reciprocal[:, :, None], factor[:, :, None])
+
+
+@triton.jit
+def e4m3_byte(x):
+    """fp32 that is a non-negative e4m3 value -> its byte, uint32.
+
+    Scaled by 2^-120, e4m3's numbers begin where fp32's do, subnormals included: the bits only have to be moved.
+    """
+    return (x * 2.0**-120).to(tl.uint32, bitcast=True) >> 20
+
+
+@triton.jit
+def e2m1_code(magnitude):
+    """fp32 that is an e2m1 magnitude -> its code 0-7, uint32, in the way of :func:`e4m3_byte`."""
+    return (magnitude * 2.0**-126).to(tl.uint32, bitcast=True) >> 22
+
+
+@triton.jit
+def encode_blocks(x, gs):
+    """Quantize ``x [rows, blocks, 16]`` fp32 under ``gs >= 0``, broadcastable against ``[rows, blocks]``.
+
+    Returns:
+        ``(words, sf)``: uint32 ``[rows, blocks, 2]``, eight codes each, the lowest K index in the lowest nibble; and
+        e4m3 bytes, uint8 ``[rows, blocks]``.
+    """
+    amax = largest_magnitude(x, 2)
+    sf = block_scale(amax, gs)
+    divisor, reciprocal, factor = block_scales(amax, gs)
+    if tl.min(tl.min(divisor, axis=1), axis=0) < 2.0**-85:  # divide_by's remainder would be subnormal, and rounded
+        quotient = tl.div_rn(tl.abs(x), divisor[:, :, None])
+    else:
+        quotient = divide_by(tl.abs(x), divisor[:, :, None], reciprocal[:, :, None])
+    codes = e2m1_code(round_e2m1(quotient)) | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)
+    shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, None, :]
+    words = tl.sum(tl.reshape(codes, (x.shape[0], x.shape[1], 2, 8)) << shifts, axis=3)
+    words = tl.where((factor > 0)[:, :, None], words, 0)  # no codes without a scale, nor under a NaN
+    return words.to(tl.uint32), tl.where(sf == sf, e4m3_byte(sf), 0x7F).to(tl.uint8)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Checkpoint rows to the portable backend's byte order, and back: see :mod:`dsv4.kernels.triton.grouped_gemm`."""
+"""Checkpoint rows to the portable backend's byte order, and back: see :mod:`dsv4.kernels.triton.weight_layout`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.grouped_gemm import K_BLOCK, Matrix
+from dsv4.kernels.triton.weight_layout import CHUNK_BYTES, CODE_BYTES, Matrix
 from dsv4.nvfp4 import pack_nibbles
 
-_WORDS = tl.constexpr(16)  # in a K block
-_SCALES = tl.constexpr(8)
+_CHUNK_WORDS = tl.constexpr(CHUNK_BYTES // 4)
+_CODE_WORDS = tl.constexpr(CODE_BYTES // 4)
+_SCALES = tl.constexpr(CHUNK_BYTES - CODE_BYTES)
 
 
 @triton.jit
@@ -35,23 +36,42 @@ def _split_lanes(codes):
 
 
 @triton.jit
-def _pack(codes, scales, experts, rows, K, k_blocks, expert_bytes, codes_offset, scales_offset, ROWS: tl.constexpr):
-    expert = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    block = tl.program_id(1)
-    in_rows = row < rows
-    # Four codes are two bytes of the source, a word of two times four codes in the result.
-    quad = block * 2 * _WORDS + tl.arange(0, _WORDS)[None, :]
-    source = codes.to(tl.pointer_type(tl.uint16)) + expert * rows * (K // 4) + row * (K // 4) + quad
-    low = tl.load(source, mask=in_rows & (quad < K // 4), other=0).to(tl.uint32)
-    high = tl.load(source + _WORDS, mask=in_rows & (quad + _WORDS < K // 4), other=0).to(tl.uint32)
-    word = _lanes(low, 0, 6, 15) | _lanes(low, 2, 9, 18) | _lanes(high, 0, 12, 21) | _split_lanes(high)
-    out = (experts + expert * expert_bytes + codes_offset).to(tl.pointer_type(tl.uint32))
-    tl.store(out + (row * k_blocks + block) * _WORDS + tl.arange(0, _WORDS)[None, :], word, mask=in_rows)
-    g = block * _SCALES + tl.arange(0, _SCALES)[None, :]
-    sf = tl.load(scales + expert * rows * (K // 16) + row * (K // 16) + g, mask=in_rows & (g < K // 16), other=0)
-    out_sf = experts + expert * expert_bytes + scales_offset + row * k_blocks * _SCALES + g
-    tl.store(out_sf, sf, mask=in_rows)
+def _source_row(strip, g, rh, rows, INTERLEAVED: tl.constexpr):
+    """The checkpoint's row that stands at row ``g + 8 * rh`` of a strip."""
+    return strip * 8 + g + rh * (rows // 2) if INTERLEAVED else strip * 16 + g + rh * 8
+
+
+@triton.jit
+def _pair(source, row, column, rows, bytes_per_row, strip_rows):
+    """Bytes (two codes each) of rows ``row[0]`` and ``row[1]``, the second above the first."""
+    low = tl.load(source + row[0] * bytes_per_row + column, mask=strip_rows & (column < bytes_per_row), other=0)
+    high = tl.load(source + row[1] * bytes_per_row + column, mask=strip_rows & (column < bytes_per_row), other=0)
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 8)
+
+
+@triton.jit
+def _pack(codes, scales, experts, rows, K, k_blocks, expert_bytes, offset, INTERLEAVED: tl.constexpr):
+    block, row_tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunk = experts + expert * expert_bytes + offset + (row_tile * k_blocks + block).to(tl.int64) * (4 * _CHUNK_WORDS)
+
+    i = tl.arange(0, _CODE_WORDS)
+    strip, piece, g, c, word = row_tile * 4 + i // 256, (i // 128) % 2, (i // 16) % 8, (i // 4) % 4, i % 4
+    row = (_source_row(strip, g, 0, rows, INTERLEAVED), _source_row(strip, g, 1, rows, INTERLEAVED))
+    column = block * 64 + piece * 16 + word * 4 + c
+    source = codes + expert * rows * (K // 2)
+    in_rows = strip * 16 < rows
+    low = _pair(source, row, column, rows, K // 2, in_rows)
+    high = _pair(source, row, column + 32, rows, K // 2, in_rows)
+    packed = _lanes(low, 0, 6, 15) | _lanes(low, 2, 9, 18) | _lanes(high, 0, 12, 21) | _split_lanes(high)
+    tl.store(chunk.to(tl.pointer_type(tl.uint32)) + i, packed)
+
+    j = tl.arange(0, _SCALES)
+    strip, g, rh, half, place = row_tile * 4 + j // 128, (j // 16) % 8, (j // 8) % 2, (j // 4) % 2, j % 4
+    column = block * 8 + half * 4 + (place % 2) * 2 + place // 2
+    mask = (strip * 16 < rows) & (column < K // 16)
+    row_of_scale = _source_row(strip, g, rh, rows, INTERLEAVED)
+    sf = tl.load(scales + (expert * rows + row_of_scale) * (K // 16) + column, mask=mask, other=0)
+    tl.store(chunk + 4 * _CODE_WORDS + j, sf)
 
 
 def pack(codes: Tensor, scales: Tensor, matrix: Matrix, experts: Tensor) -> None:
@@ -63,27 +83,50 @@ def pack(codes: Tensor, scales: Tensor, matrix: Matrix, experts: Tensor) -> None
         matrix: where to.
         experts: uint8 ``[E, bytes]``.
     """
-    rows = 64
-    grid = (triton.cdiv(matrix.out_features, rows), matrix.padded_k // K_BLOCK, codes.shape[0])
-    _pack[grid](
-        codes, scales, experts, matrix.out_features, matrix.in_features, matrix.padded_k // K_BLOCK, experts.stride(0),
-        matrix.offset, matrix.scales_offset, ROWS=rows, num_warps=4,
+    _pack[(matrix.k_blocks, matrix.row_tiles, codes.shape[0])](
+        codes, scales, experts, matrix.out_features, matrix.in_features, matrix.k_blocks, experts.stride(0),
+        matrix.offset, INTERLEAVED=matrix.interleaved, num_warps=4,
     )  # fmt: skip
 
 
 def unpack(experts: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """The inverse, in plain torch: ``(codes uint8 [E, N, K/2], scales float8_e4m3fn [E, N, K/16])``."""
-    n, k, blocks = matrix.out_features, matrix.in_features, matrix.padded_k // K_BLOCK
+    n, k = matrix.out_features, matrix.in_features
     codes = torch.empty(experts.shape[0], n, k // 2, dtype=torch.uint8, device=experts.device)
-    for expert, row in zip(codes, experts, strict=True):  # one at a time: codes take eight times their bytes meanwhile
-        words = row[matrix.offset : matrix.scales_offset].view(torch.int32).view(n, blocks, -1)
-        expert.copy_(pack_nibbles(word_codes(words).flatten(1)[:, :k]))
-    scales = experts[:, matrix.scales_offset : matrix.end].reshape(-1, n, matrix.padded_k // 16)[..., : k // 16]
-    return codes, scales.contiguous().view(torch.float8_e4m3fn)
+    scales = torch.empty(experts.shape[0], n, k // 16, dtype=torch.uint8, device=experts.device)
+    for row, expert_codes, expert_scales in zip(experts, codes, scales, strict=True):  # codes take 8 times their bytes
+        chunks = row[matrix.offset : matrix.end].view(matrix.row_tiles, matrix.k_blocks, CHUNK_BYTES)
+        words = chunks[..., :CODE_BYTES].contiguous().view(torch.int32).view(matrix.row_tiles, matrix.k_blocks, -1)
+        expert_codes.copy_(pack_nibbles(_rows(chunk_codes(words), matrix)[:, :k]))
+        expert_scales.copy_(_rows(chunk_scales(chunks[..., CODE_BYTES:]), matrix)[:, : k // 16])
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def _rows(values: Tensor, matrix: Matrix) -> Tensor:
+    """``[tiles, blocks, strips, rh, g, columns]`` -> ``[N, blocks * columns]`` in the checkpoint's order of rows."""
+    if matrix.interleaved:  # gate and up are the two halves of a strip
+        rows = values.permute(3, 0, 2, 4, 1, 5).flatten(1, 3).flatten(2)
+        return rows[:, : matrix.out_features // 2].flatten(0, 1)
+    return values.permute(0, 2, 3, 4, 1, 5).flatten(0, 3).flatten(1)[: matrix.out_features]
+
+
+def chunk_codes(words: Tensor) -> Tensor:
+    """int32 words ``[tiles, blocks, 1024]`` of chunks -> codes ``[tiles, blocks, strip, rh, g, K]``, uint8."""
+    tiles, blocks, _ = words.shape
+    # tile, block, strip, piece, g, c, 16s, 8s | half, row, K parity
+    codes = word_codes(words).view(tiles, blocks, 4, 2, 8, 4, 2, 2, 2, 2, 2)
+    return codes.permute(0, 1, 2, 9, 4, 8, 3, 6, 7, 5, 10).reshape(tiles, blocks, 4, 2, 8, 128)
+
+
+def chunk_scales(scales: Tensor) -> Tensor:
+    """Scale bytes ``[tiles, blocks, 512]`` of chunks -> ``[tiles, blocks, strip, rh, g, 8]``."""
+    tiles, blocks, _ = scales.shape
+    parts = scales.reshape(tiles, blocks, 4, 8, 2, 2, 2, 2)  # strip, g, rh, half, and two bits of the place
+    return parts.permute(0, 1, 2, 4, 3, 5, 7, 6).reshape(tiles, blocks, 4, 2, 8, 8)
 
 
 def word_codes(words: Tensor) -> Tensor:
-    """int32 words ``[..., 16]`` of K blocks -> uint8 codes ``[..., 128]``, by the table in the GEMM's docstring."""
+    """int32 words ``[...]`` -> uint8 codes ``[..., 8]``, low then high, by the table in the layout's docstring."""
 
     def bit(position: int) -> Tensor:
         return (words >> (position % 32)) & 1
@@ -94,7 +137,5 @@ def word_codes(words: Tensor) -> Tensor:
     def pair(m2: int, m1: int, m0: int, sign: int) -> list[Tensor]:
         return [code(m2, m1, m0, sign), code(m2 + 16, m1 + 16, m0 + 16, sign + 16)]
 
-    low = [*pair(8, 7, 6, 15), *pair(11, 10, 9, 18)]
-    high = [*pair(14, 13, 12, 21), *pair(0, 4, 3, 1)]
-    halves = [torch.stack(part, dim=-1).flatten(-2) for part in (low, high)]
-    return torch.cat(halves, dim=-1).to(torch.uint8)
+    codes = [*pair(8, 7, 6, 15), *pair(11, 10, 9, 18), *pair(14, 13, 12, 21), *pair(0, 4, 3, 1)]
+    return torch.stack(codes, dim=-1).to(torch.uint8)

@@ -1,12 +1,14 @@
-"""Routing on the device: the counting sort of :mod:`dsv4.ops.routing`, in one or two launches.
+"""Routing on the device: the counting sort of :mod:`dsv4.ops.routing`, in one launch or two.
 
-Slots are cut into chunks. The first launch gives every chunk its histogram, ``hist[chunk, expert]``, and drops slots of
-other ranks and of padding. The second needs nothing but those histograms: rows of expert e begin after the padded rows
-of lower experts, and the rows of chunk c begin there after those of earlier chunks; within a chunk, a slot's rank is
-the number of earlier slots with its expert, counted by comparing. No atomics on memory: the order is that of the slots.
+Slots are cut into chunks, one for each program. What a program must know of the others is two histograms: of all slots
+(rows of expert e begin after the padded rows of lower experts) and of the slots before its chunk (its rows begin there
+after those of earlier chunks). Up to ``ONE_LAUNCH_SLOTS`` every program counts them itself, reading all the ids: they
+are few, and a second launch costs more. Beyond, a first launch writes each chunk's histogram. Within a chunk a slot's
+rank is the number of earlier slots with its expert, counted by comparing. No atomics on global memory: the order is
+that of the slots.
 
-Up to one chunk of slots, a single program does both. Every launch writes the whole of every table that is read later:
-padding rows and tiles get their -1 here, so that nothing has to be cleared first.
+Every call writes the whole of every table that is read later: padding rows and tiles get their -1 here, so that nothing
+has to be cleared first.
 """
 
 from __future__ import annotations
@@ -20,27 +22,21 @@ from torch import Tensor
 from dsv4.config import capacity
 from dsv4.kernels.triton.grouped_gemm import TileMap
 
-SMALL_CHUNK, CHUNK, LARGE_CHUNK = 64, 128, 512
-_MANY_SLOTS = 8192
-_COLUMN = tl.constexpr(32)
+ONE_LAUNCH_SLOTS = 1024
+_MANY_SLOTS = 16384
+_SMALL_CHUNK, _CHUNK, _LARGE_CHUNK = 16, 128, 256
+_HISTOGRAM_TILE = 4096
+_LANES = tl.constexpr(16)
 _FILL = tl.constexpr(1024)
 
 
 @triton.jit
 def _local_ids(
-    ids,
-    expert_map,
-    num_valid,
-    slot,
-    in_range,
-    E,
-    START,
-    MAP_SIZE,
-    TOP_K: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
-    """Local ids of some slots, -1 where dropped."""
+    ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """Local ids of some slots, -1 where dropped or beyond the last."""
+    in_range = slot < S
     wide = tl.load(ids + slot, mask=in_range, other=-1).to(tl.int64)
     if HAS_MAP:
         known = (wide >= 0) & (wide < MAP_SIZE)
@@ -53,103 +49,112 @@ def _local_ids(
     return tl.where(in_range, local, -1)
 
 
+@triton.jit
+def _histogram(local, keep, BINS: tl.constexpr):
+    return tl.histogram(tl.where(keep, local, 0), BINS, mask=keep)
+
+
 @triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE"])
 def _count(
-    ids, expert_map, num_valid, local_ids, hist, amax, S, E, START, MAP_SIZE,
-    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    ids, expert_map, num_valid, hist, S, E, START, MAP_SIZE,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+    BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    in_range = slot < S
-    local = _local_ids(ids, expert_map, num_valid, slot, in_range, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
-    tl.store(local_ids + slot, local, mask=in_range)
-    counts = tl.histogram(tl.where(local >= 0, local, 0), BINS, mask=local >= 0)
-    tl.store(hist + chunk * BINS + tl.arange(0, BINS), counts)
-    if chunk == 0:
-        tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+    local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    tl.store(hist + chunk * BINS + tl.arange(0, BINS), _histogram(local, local >= 0, BINS))
 
 
-@triton.jit(do_not_specialize=["S", "num_rows", "num_row_tiles", "CHUNKS"])
+@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles", "chunks"])
 def _place(
-    local_ids, hist, row_slot, tile_expert, num_tiles, S, num_rows, num_row_tiles, CHUNKS,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    ids,  # i32 or i64 [S]
+    expert_map,  # i32 [MAP_SIZE]
+    num_valid,  # i32 [1]
+    hist,  # i32 [chunks, BINS]
+    local_ids,  # i32 [S]
+    amax,  # f32 [2]
+    row_slot,  # i32 [num_rows]
+    tile_expert,  # i32 [num_row_tiles]
+    num_tiles,  # i32 [1]
+    S,
+    E,
+    START,
+    MAP_SIZE,
+    num_rows,
+    num_row_tiles,
+    chunks,
+    TOP_K: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_HIST: tl.constexpr,  # else count here
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,  # slots, or with HAS_HIST chunks, counted at a time
+    OWN: tl.constexpr,  # experts whose padding a program writes
+    P: tl.constexpr,
+):
     chunk = tl.program_id(0)
+    begin = chunk * CHUNK
     bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for first in range(0, CHUNKS, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        part = tl.load(hist + c[:, None] * BINS + bins[None, :], mask=(c < CHUNKS)[:, None], other=0)
-        total += tl.sum(part, axis=0)
-        before += tl.sum(tl.where((c < chunk)[:, None], part, 0), axis=0)
-    _rows_of_chunk(
-        local_ids, row_slot, tile_expert, num_tiles, S, num_rows, num_row_tiles, chunk, total, before,
-        CHUNKS, BINS, CHUNK, P,
-    )  # fmt: skip
+    if HAS_HIST:
+        sums = tl.zeros((BLOCK, BINS), tl.int32)
+        earlier = tl.zeros((BLOCK, BINS), tl.int32)
+        for first in tl.range(0, chunks, BLOCK, loop_unroll_factor=4):
+            c = first + tl.arange(0, BLOCK)[:, None]
+            counts = tl.load(hist + c * BINS + bins[None, :], mask=c < chunks, other=0)
+            sums += counts
+            earlier += tl.where(c < chunk, counts, 0)
+        total = tl.sum(sums, axis=0)
+        before = tl.sum(earlier, axis=0)
+    else:
+        total = tl.zeros((BINS,), tl.int32)
+        before = tl.zeros((BINS,), tl.int32)
+        for first in range(0, S, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+            counts = _histogram(local, local >= 0, BINS)
+            total += counts
+            if first + BLOCK <= begin:
+                before += counts
+            elif first < begin:
+                before += _histogram(local, (local >= 0) & (slot < begin), BINS)
 
-
-@triton.jit
-def _rows_of_chunk(
-    local_ids, row_slot, tile_expert, num_tiles, S, num_rows, num_row_tiles, chunk, total, before, CHUNKS,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Write the rows of one chunk, and this program's share of the padding and of the tile map."""
-    bins = tl.arange(0, BINS)
     tiles = (total + P - 1) // P
     tile_end = tl.cumsum(tiles, 0)
-    tile_start = tile_end - tiles
-    row_start = tile_start * P
+    row_start = (tile_end - tiles) * P
     used_tiles = tl.sum(tiles, 0)
 
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    local = tl.load(local_ids + slot, mask=slot < S, other=-1)
-    rank = tl.zeros((CHUNK,), tl.int32)
-    for first in range(0, CHUNK, _COLUMN):
-        other = chunk * CHUNK + first + tl.arange(0, _COLUMN)
-        other_local = tl.load(local_ids + other, mask=other < S, other=-1)
-        same = (other_local[None, :] == local[:, None]) & (other[None, :] < slot[:, None])
-        rank += tl.sum(same.to(tl.int32), axis=1)
-    offset = tl.gather(row_start + before, tl.where(local >= 0, local, 0), 0)
-    tl.store(row_slot + offset + rank, slot, mask=local >= 0)
+    in_chunk = tl.arange(0, CHUNK)
+    mine = begin + in_chunk
+    own_local = _local_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    served = own_local >= 0
+    # Earlier slots along axis 0, so that a thread sums its own and no shuffles are needed.
+    same = (own_local[:, None] == own_local[None, :]) & (in_chunk[:, None] < in_chunk[None, :])
+    rank = tl.sum(same.to(tl.int32), axis=0)
+    row = tl.gather(row_start + before, tl.where(served, own_local, 0), 0) + rank
+    tl.store(local_ids + mine, own_local, mask=mine < S)
+    tl.store(row_slot + row, mine, mask=served)
+    tl.store(tile_expert + row // P, own_local, mask=served & (row % P == 0))  # each tile has one first row
 
-    # Padding at the end of each expert's last tile; programs take experts in turn.
-    for first in range(0, P, 16):
-        lane = first + tl.arange(0, 16)
-        pad = row_start[:, None] + total[:, None] + lane[None, :]
-        mask = (pad < (row_start + tiles * P)[:, None]) & (bins % CHUNKS == chunk)[:, None]
-        tl.store(row_slot + pad, tl.full((BINS, 16), -1, tl.int32), mask=mask)
+    # Padding at the end of each expert's last tile.
+    own = chunk * OWN + tl.arange(0, OWN)
+    expert = tl.where(own < BINS, own, 0)
+    pad_start = tl.gather(row_start + total, expert, 0)
+    pad_end = tl.where(own < BINS, tl.gather(tile_end * P, expert, 0), 0)
+    for first in range(0, P, _LANES):
+        pad = pad_start[:, None] + first + tl.arange(0, _LANES)[None, :]
+        tl.store(row_slot + pad, tl.full((OWN, _LANES), -1, tl.int32), mask=pad < pad_end[:, None])
     # Rows and tiles beyond the last.
-    for first in range(chunk * _FILL, num_rows, CHUNKS * _FILL):
-        row = first + tl.arange(0, _FILL)
-        mask = (row >= used_tiles * P) & (row < num_rows)
-        tl.store(row_slot + row, tl.full((_FILL,), -1, tl.int32), mask=mask)
-    for first in range(chunk * _COLUMN, num_row_tiles, CHUNKS * _COLUMN):
-        tile = first + tl.arange(0, _COLUMN)
-        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-        tl.store(tile_expert + tile, tl.where(tile < used_tiles, expert, -1), mask=tile < num_row_tiles)
+    for first in range(used_tiles * P + chunk * _FILL, num_rows, chunks * _FILL):
+        unused = first + tl.arange(0, _FILL)
+        tl.store(row_slot + unused, tl.full((_FILL,), -1, tl.int32), mask=unused < num_rows)
+    for first in range(used_tiles + chunk * _FILL, num_row_tiles, chunks * _FILL):
+        unused = first + tl.arange(0, _FILL)
+        tl.store(tile_expert + unused, tl.full((_FILL,), -1, tl.int32), mask=unused < num_row_tiles)
     if chunk == 0:
         tl.store(num_tiles, used_tiles)
-
-
-@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles"])
-def _route_one_chunk(
-    ids, expert_map, num_valid, local_ids, amax, row_slot, tile_expert, num_tiles,
-    S, E, START, MAP_SIZE, num_rows, num_row_tiles,
-    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    slot = tl.arange(0, CHUNK)
-    in_range = slot < S
-    local = _local_ids(ids, expert_map, num_valid, slot, in_range, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
-    tl.store(local_ids + slot, local, mask=in_range)
-    tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
-    total = tl.histogram(tl.where(local >= 0, local, 0), BINS, mask=local >= 0)
-    tl.debug_barrier()  # the ids stored above are read by other threads below
-    _rows_of_chunk(
-        local_ids, row_slot, tile_expert, num_tiles, S, num_rows, num_row_tiles, 0, total, total * 0,
-        1, BINS, CHUNK, P,
-    )  # fmt: skip
+        tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
 
 
 @dataclass(frozen=True)
@@ -169,17 +174,42 @@ class RoutingBuffers:
     amax: Tensor
 
 
-def chunk_size(slots: int) -> int:
-    """Slots of a chunk: ranking costs its square, reading the histograms the square of the number of chunks."""
-    if slots <= SMALL_CHUNK:
-        return SMALL_CHUNK
-    return CHUNK if slots <= _MANY_SLOTS else LARGE_CHUNK
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How a call is cut up.
+
+    Attributes:
+        chunk: slots of a program.
+        block: slots, or chunks where ``count_first``, that it counts at a time; a power of two.
+        count_first: a launch of its own writes the histograms.
+        num_warps: of the launch that places.
+    """
+
+    chunk: int
+    block: int
+    count_first: bool
+    num_warps: int = 4
+
+    @classmethod
+    def of(cls, slots: int, bins: int) -> RoutingConfig:
+        """For a call of so many slots and histogram bins.
+
+        Measured on an H200, 256 experts, top-6, microseconds in kernels, as ``RoutingConfig`` and warps:
+          T = 1, 16, 64, one launch: chunks of 16 slots 2.0, 2.0, 2.5; of 32 2.3, 2.1, 2.6; of 64 3.1, 3.1, 3.5. With
+          two warps 3.0, 2.8, 4.0; with eight 2.3, 2.5, 2.8.
+          T = 256: one launch, 32 slots 4.4; two launches, 128 slots 4.0, with eight warps 8.0.
+          T = 1024, 2048: two launches, 128 slots 4.9, 5.9; 256 slots 7.2, 7.5; one launch 8.7, 18.
+          T = 8192: 256 slots 11.8, with eight warps 13.4, with sixteen 239; 512 slots 18.7.
+        """
+        if slots <= ONE_LAUNCH_SLOTS:
+            return cls(_SMALL_CHUNK, max(64, triton.next_power_of_2(slots)), False)
+        return cls(_CHUNK if slots <= _MANY_SLOTS else _LARGE_CHUNK, max(1, _HISTOGRAM_TILE // bins), True)
 
 
 def histogram_size(slots: int, num_experts: int) -> int:
     """int32 elements of scratch that any call of up to ``slots`` slots needs."""
-    chunks = max(triton.cdiv(min(slots, _MANY_SLOTS), CHUNK), triton.cdiv(slots, LARGE_CHUNK))
-    return chunks * num_bins(num_experts)
+    chunks = max(triton.cdiv(min(slots, _MANY_SLOTS), _CHUNK), triton.cdiv(slots, _LARGE_CHUNK))
+    return chunks * num_bins(num_experts) if slots > ONE_LAUNCH_SLOTS else 0
 
 
 def num_bins(num_experts: int) -> int:
@@ -196,37 +226,38 @@ def route(
     start: int = 0,
     expert_map: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
+    config: RoutingConfig | None = None,
 ) -> None:
-    """Fill ``buffers`` for ``topk_ids [T, k]`` (int32 or int64, global): see :mod:`dsv4.ops.routing`."""
+    """Fill ``buffers`` for ``topk_ids [T, k]`` (int32 or int64, global): see :mod:`dsv4.ops.routing`.
+
+    ``config`` replaces the one that fits the number of slots; its scratch must fit ``buffers.hist``.
+    """
     slots = topk_ids.numel()
     rows = capacity(slots, num_experts, row_tile)
     bins = num_bins(num_experts)
-    chunk = chunk_size(slots)
-    chunks = triton.cdiv(slots, chunk)
-    tiles = buffers.tiles
+    config = config or RoutingConfig.of(slots, bins)
+    chunks = triton.cdiv(slots, config.chunk)
+    unused = buffers.local_ids
+    source = (
+        topk_ids,
+        expert_map if expert_map is not None else unused,
+        num_valid_tokens if num_valid_tokens is not None else unused,
+        buffers.hist if config.count_first else unused,
+    )
+    sizes = (slots, num_experts, start, expert_map.shape[0] if expert_map is not None else 0)
     flags = {
         "TOP_K": topk_ids.shape[1],
         "HAS_MAP": expert_map is not None,
         "HAS_VALID": num_valid_tokens is not None,
         "BINS": bins,
+        "CHUNK": config.chunk,
     }
-    unused = buffers.hist
-    source = (
-        topk_ids,
-        expert_map if expert_map is not None else unused,
-        num_valid_tokens if num_valid_tokens is not None else unused,
-        buffers.local_ids,
-    )
-    sizes = (slots, num_experts, start, expert_map.shape[0] if expert_map is not None else 0)
-    if chunks == 1:
-        _route_one_chunk[(1,)](
-            *source, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
-            *sizes, rows, rows // row_tile,
-            **flags, CHUNK=chunk, P=row_tile, num_warps=8,
-        )  # fmt: skip
-        return
-    _count[(chunks,)](*source, buffers.hist, buffers.amax, *sizes, **flags, CHUNK=chunk, num_warps=4)
+    if config.count_first:
+        _count[(chunks,)](*source, *sizes, **flags, num_warps=4)
+    tiles = buffers.tiles
     _place[(chunks,)](
-        buffers.local_ids, buffers.hist, tiles.row_slot, tiles.tile_expert, tiles.num_tiles, slots, rows,
-        rows // row_tile, chunks, BINS=bins, CHUNK=chunk, P=row_tile, BLOCK_C=8, num_warps=8,
+        *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
+        *sizes, rows, rows // row_tile, chunks,
+        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
+        P=row_tile, num_warps=config.num_warps,
     )  # fmt: skip

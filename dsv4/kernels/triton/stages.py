@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.numerics import global_scale, quantize_block, silu_product
-
-_BLOCK = tl.constexpr(16)
+from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values, silu_product
 
 
 class ScaleSource(IntEnum):
@@ -34,11 +32,30 @@ class ScaleSource(IntEnum):
 
 
 @triton.jit
-def _finite_amax(x):
-    """``max |x|`` of a row, 0 if it holds a NaN or Inf."""
-    bits = tl.abs(x).to(tl.uint32, bitcast=True).to(tl.int32)
-    amax = tl.max(tl.max(bits, axis=2), axis=1)  # magnitudes order as their bits do
-    return tl.where(amax < 0x7F800000, amax, 0).to(tl.float32, bitcast=True)
+def _half_blocks(
+    x, weight, source, block, K, limit, HALF: tl.constexpr,
+    SWIGLU: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """First or second eight values of some blocks of a row, ``[BLOCKS, 8]`` fp32, zeros beyond K."""
+    column = block[:, None] * 16 + (HALF * 8 + tl.arange(0, 8))[None, :]
+    mask = (block * 16 < K)[:, None]
+    if SWIGLU:
+        gate = tl.load(x + source * 2 * K + column, mask=mask, other=0.0)
+        up = tl.load(x + source * 2 * K + K + column, mask=mask, other=0.0)
+        value = silu_product(gate, up, limit, HAS_LIMIT)
+    else:
+        value = tl.load(x + source * K + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        value *= weight
+    if SWIGLU or HAS_WEIGHT:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _store_half(out, row, block, value, K, HALF: tl.constexpr):
+    column = block[:, None] * 16 + (HALF * 8 + tl.arange(0, 8))[None, :]
+    tl.store(out + row.to(tl.int64) * K + column, value.to(tl.bfloat16), mask=(block * 16 < K)[:, None])
 
 
 @triton.jit
@@ -67,36 +84,36 @@ def _stage_rows(
     else:
         expert = 0
     source = (row // SLOTS_PER_ROW).to(tl.int64)
-    column = tl.arange(0, BLOCKS)[None, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
-    mask = column < K
-    if SWIGLU:
-        gate = tl.load(x + source * 2 * K + column, mask=mask, other=0.0)
-        up = tl.load(x + source * 2 * K + K + column, mask=mask, other=0.0)
-        value = silu_product(gate, up, limit, HAS_LIMIT)
-    else:
-        value = tl.load(x + source * K + column, mask=mask, other=0.0).to(tl.float32)
+    weight = 1.0
     if HAS_WEIGHT:
-        value *= tl.load(weights + row)
-    if SWIGLU or HAS_WEIGHT:
-        value = value.to(tl.bfloat16).to(tl.float32)
+        weight = tl.load(weights + row)
+    block = tl.arange(0, BLOCKS)
+    # Two halves of 16 bytes: a thread holds whole blocks, and a block's maximum crosses no threads.
+    low = _half_blocks(x, weight, source, block, K, limit, 0, SWIGLU, HAS_LIMIT, HAS_WEIGHT)
+    high = _half_blocks(x, weight, source, block, K, limit, 1, SWIGLU, HAS_LIMIT, HAS_WEIGHT)
     if SOURCE != 0:
+        amax = tl.maximum(largest_magnitude(low, 1), largest_magnitude(high, 1), propagate_nan=tl.PropagateNan.ALL)
         if SOURCE == 1:
-            gs = tl.max(global_scale(_finite_amax(value)), axis=0)
+            row_amax = largest_magnitude(amax, 0)
+            gs = global_scale(tl.where(row_amax < float("inf"), row_amax, 0.0))
         elif SOURCE == 2:
             gs = tl.load(scale)
         elif SOURCE == 3:
             gs = global_scale(tl.load(scale))
         else:
             gs = tl.load(scale + expert)
-        value = quantize_block(value, gs)
+        divisor, reciprocal, factor = block_scales(amax, gs)
+        low = quantize_values(low, divisor[:, None], reciprocal[:, None], factor[:, None])
+        high = quantize_values(high, divisor[:, None], reciprocal[:, None], factor[:, None])
         tl.store(row_scale + row, gs)
     tl.debug_barrier()  # ``out`` may be ``x``: nothing is written before every thread has read
-    tl.store(out + row.to(tl.int64) * K + column, value.to(tl.bfloat16), mask=mask)
+    _store_half(out, row, block, low, K, 0)
+    _store_half(out, row, block, high, K, 1)
 
 
 def _warps(blocks: int) -> int:
-    """Warps for a row of so many blocks: eight values for each thread."""
-    return max(1, min(16, blocks // 16))
+    """Warps for a row of so many blocks: one block for each thread."""
+    return max(1, min(16, blocks // 32))
 
 
 def stage_rows(
@@ -149,18 +166,23 @@ def stage_rows(
 
 
 @triton.jit
-def _batch_amax(x, weights, local_ids, amax, K, SLOTS: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr):
+def _batch_amax(
+    x, weights, local_ids, amax, K,
+    SLOTS: tl.constexpr, HAS_WEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     served = False
     for s in tl.static_range(SLOTS):
         served = served | (tl.load(local_ids + row * SLOTS + s) >= 0)
     if served:
-        column = tl.arange(0, BLOCKS)[None, :, None] * _BLOCK + tl.arange(0, _BLOCK)[None, None, :]
+        column = tl.arange(0, COLUMNS)
         value = tl.load(x + row.to(tl.int64) * K + column, mask=column < K, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
             value = (value * tl.load(weights + row)).to(tl.bfloat16).to(tl.float32)
-        # A maximum has no order: the atomic gives the same bits every time.
-        tl.atomic_max(amax, tl.max(_finite_amax(value), axis=0))
+        row_amax = largest_magnitude(value, 0)
+        if row_amax < float("inf"):
+            # A maximum has no order: the atomic gives the same bits every time.
+            tl.atomic_max(amax, row_amax)
 
 
 def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: Tensor | None = None) -> None:
@@ -169,7 +191,7 @@ def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: 
     Rows that hold a NaN or Inf, or none of whose ``slots`` local ids is served, are left out.
     """
     rows, k = x.shape
-    blocks = triton.next_power_of_2(k // 16)
+    columns = triton.next_power_of_2(k)
     _batch_amax[(rows,)](
         x,
         weights if weights is not None else amax,
@@ -178,24 +200,37 @@ def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: 
         k,
         SLOTS=slots,
         HAS_WEIGHT=weights is not None,
-        BLOCKS=blocks,
-        num_warps=_warps(blocks),
+        COLUMNS=columns,
+        num_warps=max(1, min(16, columns // 256)),
     )
 
 
 @triton.jit
-def _combine(slot_rows, local_ids, weights, out, H, TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    slot_rows, local_ids, weights, out, H,
+    TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < H
+    # First all loads of a kind, then their uses: the time is that of memory, and nothing else should wait for it.
+    local: tl.tuple = ()
+    for k in tl.static_range(TOP_K):
+        local += (tl.load(local_ids + token * TOP_K + k),)
+    factors: tl.tuple = ()
+    if HAS_WEIGHT:
+        for k in tl.static_range(TOP_K):
+            factors += (tl.load(weights + token * TOP_K + k),)
+    values: tl.tuple = ()
+    for k in tl.static_range(TOP_K):
+        row = slot_rows + (token * TOP_K + k).to(tl.int64) * H
+        values += (tl.load(row + column, mask=mask & (local[k] >= 0), other=0.0),)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        slot = token * TOP_K + k
-        served = tl.load(local_ids + slot) >= 0
-        # A dropped slot adds nothing, not 0 * its weight: that may be infinite, and its row was never written.
-        value = tl.load(slot_rows + slot.to(tl.int64) * H + column, mask=mask & served, other=0.0).to(tl.float32)
+        value = values[k].to(tl.float32)
         if HAS_WEIGHT:
-            value *= tl.load(weights + slot, mask=served, other=0.0)
+            # A dropped slot adds nothing, not 0 * its weight: that may be infinite, and its row was never written.
+            value *= tl.where(local[k] >= 0, factors[k], 0.0)
         acc += value
     tl.store(out + token.to(tl.int64) * H + column, acc.to(out.dtype.element_ty), mask=mask)
 
@@ -211,7 +246,7 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         top_k: k.
     """
     tokens, h = out.shape
-    block = min(1024, triton.next_power_of_2(h))
+    block = min(512, triton.next_power_of_2(h))
     _combine[(tokens, triton.cdiv(h, block))](
         slot_rows,
         local_ids,
@@ -221,5 +256,5 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         TOP_K=top_k,
         HAS_WEIGHT=weights is not None,
         BLOCK=block,
-        num_warps=4,
+        num_warps=2,
     )
