@@ -20,75 +20,20 @@ K while the tensor cores multiply the 64 before, from two sets of operand regist
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
 from dsv4.kernels.hopper import ptx
+from dsv4.kernels.hopper.config import PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES
 
 _LANES = 0x81C081C0
 _UNSCALE = 512.0
-_PRODUCER_REGISTERS = 24
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """One compiled kernel.
-
-    Attributes:
-        tokens: rows of a row tile, wgmma's N: a multiple of 8 up to 256.
-        warpgroups: consumers of 64 weight rows each.
-        blocks: 128s of K in a pipeline stage.
-        stages: depth of the pipeline.
-        programs_per_sm: programs that share a multiprocessor.
-        gated: rows alternate between gate and up by eights, and the result is SwiGLU's, written as an image.
-        wide_out: fp32 results, else bf16 (not with ``gated``).
-        row_scale: multiply each token's results by its own fp32 number.
-        weighted: multiply SwiGLU's result by the routing weight.
-        limited: clamp SwiGLU's operands.
-    """
-
-    tokens: int
-    warpgroups: int
-    blocks: int
-    stages: int
-    programs_per_sm: int
-    gated: bool = False
-    wide_out: bool = False
-    row_scale: bool = False
-    weighted: bool = False
-    limited: bool = False
-
-    @property
-    def producer_group(self) -> bool:
-        """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers."""
-        return self.tokens >= 128 and self.programs_per_sm == 1
-
-    @property
-    def threads(self) -> int:
-        """Of a program."""
-        return 128 * self.warpgroups + (128 if self.producer_group else 32)
-
-    @property
-    def consumer_registers(self) -> int:
-        """What the producers leave to each consumer thread, where registers move: 512 for each of 128 lanes in all."""
-        return min(240, (512 - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8)
-
-    @property
-    def stage_bytes(self) -> int:
-        """Of weights and tokens."""
-        return self.blocks * (self.warpgroups * BLOCK_BYTES + self.tokens * 256)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a program."""
-        return self.stages * (self.stage_bytes + 16) + 1024
 
 
 def decode(quad, scales, half, fragment):
@@ -186,7 +131,7 @@ class GroupedGemm:
 
         if warp >= 4 * groups:
             if cutlass.const_expr(cfg.producer_group):
-                cute.arch.setmaxregister_decrease(_PRODUCER_REGISTERS)
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if tidx == 128 * groups:
                 tile = program
                 stage = Int32(0)
@@ -300,7 +245,9 @@ class GroupedGemm:
             rows = (tile - row_tile * n_tiles) * groups + group
             expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
             if cutlass.const_expr(cfg.gated):
-                self.write_image(acc, row_tile, rows, expert, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit)
+                self.write_image(
+                    acc, row_tile, rows, expert, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit
+                )
             else:
                 self.write_rows(acc, row_tile, rows, expert, gs, row_slot, row_scale, out, n_tiles)
             tile += programs

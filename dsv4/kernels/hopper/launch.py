@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from dsv4.errors import Dsv4Error
+import torch
+from torch import Tensor
+
+from dsv4.errors import BackendError, InputError
+from dsv4.kernels.hopper.cache import load
+from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.triton.grouped_gemm import TileMap
 
 _MAX_SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -35,7 +42,7 @@ def _check(driver: Any, status: int, what: str) -> None:
     if status:
         name = ctypes.c_char_p()
         driver.cuGetErrorName(status, ctypes.byref(name))
-        raise Dsv4Error(f"{what} failed with {(name.value or b'?').decode()} ({status})")
+        raise BackendError(f"{what} failed with {(name.value or b'?').decode()} ({status})")
 
 
 class Kernel:
@@ -74,3 +81,74 @@ class Kernel:
 
 GEMM_SIGNATURE = (ctypes.c_int64,) * 10 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float)
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
+
+
+@cache
+def gemm_kernel(config: HopperConfig, device_index: int) -> Kernel:
+    """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
+    cubin, entry = load(config)
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # the primary context exists from here on
+        return Kernel(cubin, entry, config.threads, config.shared_bytes, GEMM_SIGNATURE)
+
+
+def grouped_gemm(
+    config: HopperConfig,
+    image: Tensor,
+    row_scale: Tensor | None,
+    experts: Tensor,
+    offset: int,
+    gs: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    *,
+    rows: int,
+    k: int,
+    multiprocessors: int,
+    limit: float | None = None,
+    topk_weights: Tensor | None = None,
+) -> None:
+    """Multiply every row tile with its expert's matrix.
+
+    Args:
+        config: which kernel; its flags say which of the optional operands are read.
+        image: bf16, the tokens: see :mod:`dsv4.kernels.hopper.stages`.
+        row_scale: fp32, by row of the tile map.
+        experts: uint8 ``[E, bytes]``.
+        offset: first byte of the matrix.
+        gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
+        tiles: the schedule, with row tiles of ``config.tokens``.
+        out: the next image, or ``[S, rows]``.
+        rows: of the matrix, a multiple of ``64 * config.warpgroups``.
+        k: a multiple of ``128 * config.blocks``.
+        multiprocessors: of the device.
+        limit: of SwiGLU.
+        topk_weights: fp32, by slot.
+
+    Raises:
+        InputError: the matrix is not whole tiles of this configuration.
+    """
+    if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
+        raise InputError(
+            f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
+            "choose another configuration"
+        )
+    n_tiles = rows // (64 * config.warpgroups)
+    grid = min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles)
+    gemm_kernel(config, image.device.index or 0)(
+        grid,
+        torch.cuda.current_stream(image.device).cuda_stream,
+        experts.data_ptr() + offset,
+        image.data_ptr(),
+        gs.data_ptr(),
+        tiles.row_slot.data_ptr(),
+        tiles.tile_expert.data_ptr(),
+        tiles.num_tiles.data_ptr(),
+        row_scale.data_ptr() if row_scale is not None else 0,
+        topk_weights.data_ptr() if topk_weights is not None else 0,
+        out.data_ptr(),
+        experts.stride(0),
+        k // 128,
+        n_tiles,
+        limit or 0.0,
+    )

@@ -1,4 +1,4 @@
-"""Where every code and scale of a weight matrix stands in the packed bytes: see :mod:`dsv4.kernels.hopper.grouped_gemm`.
+"""Where every code and scale of a weight matrix stands: the layout of :mod:`dsv4.kernels.hopper.grouped_gemm`.
 
 A thread of a warpgroup is ``32 w + 4 g + t`` (warp, row in a group of eight, column of four). Of a 64 x 64 tile it
 multiplies rows ``16 w + g`` and ``16 w + g + 8``; of each row, in step k of four, slots ``j`` of four. wgmma puts those
@@ -76,3 +76,52 @@ def pack_matrix(codes: Tensor, scales: Tensor, gated: bool) -> Tensor:
     sf = scales[order].view(n // 64, 4, 2, 8, k // 128, 2, 4)  # m, w, h, g, block, half, t
     scale_bytes = sf.permute(0, 4, 1, 3, 6, 5, 2).reshape(n // 64, k // 128, -1)
     return torch.cat([code_bytes, scale_bytes], -1).flatten()
+
+
+def _rotate_right(word: Tensor, bits: int) -> Tensor:
+    return _rotate_left(word, 32 - bits)
+
+
+def unpack_matrix(packed: Tensor, n: int, k: int, gated: bool) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`pack_matrix`: ``(codes uint8 [n, k], scales uint8 [n, k/16])``."""
+    blocks = packed.view(n // 64, k // 128, BLOCK_BYTES)
+    word = blocks[..., :CODE_BYTES].contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    registers = [word, _rotate_right(word, 3), _rotate_right(word, 6), (word & 0x1B001B) * 0x4108]
+    fields = torch.stack(registers, -1)
+    lanes = torch.stack([fields & 0xFFFF, (fields >> 16) & 0xFFFF], -1)
+    code = (((lanes >> 6) & 7) | ((lanes >> 12) & 8)).to(torch.uint8)
+    # m, block, half, w, g, t, k, jh, h, jl -> m, w, h, g, block, half, t, k, jh, jl
+    code = code.view(n // 64, k // 128, 2, 4, 8, 4, 4, 2, 2, 2).permute(0, 3, 8, 4, 1, 2, 5, 6, 7, 9)
+    sf = blocks[..., CODE_BYTES:].reshape(n // 64, k // 128, 4, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4)
+    order = row_order(n, gated).to(packed.device)
+    codes, scales = packed.new_empty(n, k), packed.new_empty(n, k // 16)
+    codes[order], scales[order] = code.reshape(n, k), sf.reshape(n, k // 16)
+    return codes, scales
+
+
+def to_image(rows: Tensor, tile: int) -> Tensor:
+    """bf16 ``[R, K]`` -> the image ``[R/tile, K/64, tile, 64]`` that the GEMM multiplies."""
+    k = rows.shape[1]
+    chunks = rows.view(-1, tile, k // 64, 64)[..., k_order().to(rows.device)].view(-1, tile, k // 64, 8, 8)
+    return _swizzled(chunks.permute(0, 2, 1, 3, 4)).reshape(-1, k // 64, tile, 64)
+
+
+def from_image(image: Tensor) -> Tensor:
+    """The inverse of :func:`to_image`."""
+    tiles, blocks, tile, _ = image.shape
+    chunks = _swizzled(image.view(tiles, blocks, tile, 8, 8)).permute(0, 2, 1, 3, 4).reshape(-1, blocks, 64)
+    rows = torch.empty_like(chunks)
+    rows[..., k_order().to(image.device)] = chunks
+    return rows.view(-1, blocks * 64)
+
+
+def _swizzled(chunks: Tensor) -> Tensor:
+    """``[.., rows, 8, 8]``: chunk c of row r trades places with chunk ``c ^ (r % 8)``."""
+    rows = torch.arange(chunks.shape[-3], device=chunks.device)
+    source = torch.arange(8, device=chunks.device)[None, :] ^ (rows % 8)[:, None]
+    return torch.gather(chunks, -2, source[..., None].expand(chunks.shape))
+
+
+def matrix_bytes(rows: int, k: int) -> int:
+    """Of a packed matrix."""
+    return rows // BLOCK_ROWS * (k // BLOCK_K) * BLOCK_BYTES

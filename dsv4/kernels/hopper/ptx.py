@@ -78,9 +78,7 @@ def rotate_right(word, bits):
 
 def pack_bf16x2(low, high):
     """Two floats, each rounded to bf16 once."""
-    return inline_ptx(
-        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high]
-    )
+    return inline_ptx("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high])
 
 
 def transpose_8x8(word):
