@@ -141,7 +141,7 @@ class HopperBackend(PortableBackend):
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import image_amax, stage_image
+        from dsv4.kernels.hopper.stages import image_amax, quantize_image
         from dsv4.kernels.triton.stages import ScaleSource, combine
 
         cfg, views = self.config, self._plan.views(scratch)
@@ -163,9 +163,9 @@ class HopperBackend(PortableBackend):
             row_scale = views["row_scale"]
             if source is ScaleSource.BATCH:
                 image_amax(activated, tables.tiles, row_tile, i, tables.amax[1:])
-            stage_image(activated, activated, row_scale, tables.tiles, row_tile, i, source=source, scale=scale)
+            quantize_image(activated, row_scale, tables.tiles, row_tile, i, source, scale)
         slot_rows = self._slot_rows(views, slots)
-        gemm2 = HopperConfig(*tiling.gemm2, wide_out=slot_rows.dtype == torch.float32, row_scale=row_scale is not None)
+        gemm2 = replace(_gemm2_config(cfg, tiling), wide_out=slot_rows.dtype == torch.float32)
         grouped_gemm(
             gemm2, activated, row_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, slot_rows,
             rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors,
@@ -209,24 +209,29 @@ class HopperBackend(PortableBackend):
     ) -> None:
         """Gather the tokens, multiply, SwiGLU: the image ``act``."""
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import stage_image
-        from dsv4.kernels.triton.stages import ScaleSource, batch_amax
+        from dsv4.kernels.hopper.stages import gather_image, quantize_image
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
 
         cfg, row_tile = self.config, tiling.gemm1[0]
+        x, x_scale, tokens = call.hidden_states, None, call.hidden_states.shape[0]
         input_weights = call.topk_weights if cfg.route_weight == "input" else None
-        source, scale = ScaleSource.NONE, None
-        if quantize:
-            scales = call.input_scales
-            per_slot = scales is not None and cfg.l1_scale_policy == "per_expert"
-            given = None if scales is None else scales.l1 if per_slot else scales.l1_merged
-            source, scale = self._scale_source(call, given, tables, 0)
-            if source is ScaleSource.BATCH:
-                batch_amax(call.hidden_states, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
+        scales = call.input_scales if quantize else None
+        per_slot = scales is not None and cfg.l1_scale_policy == "per_expert"
         row_scale = views["row_scale"]
-        stage_image(
-            call.hidden_states, views["x_image"], row_scale, tables.tiles, row_tile, cfg.hidden_size, source=source,
-            scale=scale, slots_per_row=cfg.top_k, weights=input_weights,
-        )  # fmt: skip
+        if input_weights is not None or (quantize and not per_slot):
+            source, scale = ScaleSource.NONE, None
+            x, x_scale = views["x_staged"][:tokens], None
+            if quantize and not per_slot:
+                source, scale = self._scale_source(call, None if scales is None else scales.l1_merged, tables, 0)
+                x_scale = views["x_scale"][:tokens]
+                if source is ScaleSource.BATCH:
+                    batch_amax(call.hidden_states, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
+            stage_rows(call.hidden_states, x, views["x_scale"], source=source, scale=scale, weights=input_weights)
+        gather_image(x, x_scale, views["x_image"], row_scale, tables.tiles, row_tile, cfg.top_k)
+        if scales is not None and per_slot:
+            quantize_image(
+                views["x_image"], row_scale, tables.tiles, row_tile, cfg.hidden_size, ScaleSource.EXPERT, scales.l1
+            )
         config = replace(_gemm1_config(cfg, tiling), row_scale=quantize)
         grouped_gemm(
             config, views["x_image"], row_scale, packed.experts, 0, packed.l1_gs, tables.tiles, views["act"],
@@ -271,6 +276,7 @@ def _plan(config: MoEConfig) -> BufferPlan:
     # A line of the table serves calls of so many slots at most.
     served = [(t.gemm1[0], min(slots, int(min(t.rows_per_expert * e, slots)))) for t in TILINGS]
     rows = max(capacity(s, e, p) for p, s in served)
+    staged = config.quantizes_activations or config.route_weight == "input"
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "local_ids": ((slots,), torch.int32),
         "row_slot": ((rows,), torch.int32),
@@ -279,6 +285,8 @@ def _plan(config: MoEConfig) -> BufferPlan:
         "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),
         "row_scale": ((rows,), torch.float32),
+        "x_scale": ((config.max_num_tokens,), torch.float32),
+        "x_staged": ((config.max_num_tokens if staged else 0, h), torch.bfloat16),
         "act": ((rows * i,), torch.bfloat16),
         "x_image": ((rows * h,), torch.bfloat16),
     }
