@@ -3,7 +3,7 @@
 **Operands are swapped.** 64 rows of weights are wgmma's A operand, held in registers, where decoding leaves them; the
 tokens of one expert are its N, 8 to 256 of them.
 
-**Weights** of one 64-row tile are one contiguous run: for each 128 of K a *block* of 4608 bytes, ``[2][128 threads][16]``
+**Weights** of one 64-row tile are one contiguous run: for each 128 of K a *block* of 4608 bytes, ``[2][128][16]``
 codes and ``[128 threads][4]`` scales, exactly what each thread of a warpgroup multiplies, in its order. A thread's
 16 values of a row in 64 of K are one scale group, which takes a permutation of K (:mod:`dsv4.kernels.hopper.layout`).
 
@@ -105,8 +105,6 @@ class GroupedGemm:
         cfg = self.config
         tokens, groups, stages = cutlass.const_expr(cfg.tokens), cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
-        program, _, _ = cute.arch.block_idx()
-        programs, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(tidx // 32)
 
         base = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
@@ -125,54 +123,101 @@ class GroupedGemm:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
+        # The next launch may begin: it waits for this one before it reads what this one writes. The tile map is older
+        # than the launch before this one, and may be read already.
+        cute.arch.griddepcontrol_launch_dependents()
         total = ptx.load_i32(num_tiles) * n_tiles
         chunks = k_blocks // cfg.blocks
-        run_bytes = k_blocks * BLOCK_BYTES  # of one 64-row tile
 
         if warp >= 4 * groups:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if tidx == 128 * groups:
-                tile = program
-                stage = Int32(0)
-                phase = Int32(1)
-                while tile < total:
-                    row_tile = tile // n_tiles
-                    n_tile = tile - row_tile * n_tiles
-                    expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
-                    weight = experts + Int64(expert) * expert_bytes + Int64(n_tile * groups) * Int64(run_bytes)
-                    token = image + Int64(row_tile) * Int64(k_blocks * (tokens * 256))
-                    for _ in cutlass.range(chunks, unroll=1):
-                        cute.arch.mbarrier_wait(empty + stage, phase)
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, cfg.stage_bytes)
-                        barrier = (full + stage).toint()
-                        for g in cutlass.range_constexpr(groups):
-                            ptx.bulk_load(
-                                base_address + weights_at + (stage * groups + g) * weight_bytes,
-                                weight + Int64(run_bytes) * g,
-                                weight_bytes,
-                                barrier,
-                            )
-                        ptx.bulk_load(base_address + stage * token_bytes, token, token_bytes, barrier)
-                        weight += weight_bytes
-                        token += token_bytes
-                        stage += 1
-                        if stage == stages:
-                            stage = Int32(0)
-                            phase ^= 1
-                    tile += programs
+                self.produce(base, full, empty, total, k_blocks, experts, image, tile_expert, expert_bytes, n_tiles)
         else:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, total, chunks, image, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles,
-                limit,
+                base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles, limit
             )  # fmt: skip
 
     @cute.jit
+    def produce(self, base, full, empty, total, k_blocks, experts, image, tile_expert, expert_bytes, n_tiles):
+        """The producer thread: copies for one stage after the other, as consumers free them."""
+        cfg = self.config
+        groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
+        program, _, _ = cute.arch.block_idx()
+        programs, _, _ = cute.arch.grid_dim()
+        token_bytes = cfg.blocks * cfg.tokens * 256
+        weight_bytes = cfg.blocks * BLOCK_BYTES
+        run_bytes = k_blocks * BLOCK_BYTES  # of one 64-row tile
+        chunks = k_blocks // cfg.blocks
+        tokens_at = base.toint()
+        weights_at = tokens_at + stages * token_bytes
+
+        tile = program
+        stage = Int32(0)
+        phase = Int32(1)
+        ahead = Int32(0)
+        if tile < total:
+            # Weights depend on no other launch: the first stages are on their way before the tokens are there.
+            row_tile = tile // n_tiles
+            n_tile = tile - row_tile * n_tiles
+            expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
+            weight = experts + Int64(expert) * expert_bytes + Int64(n_tile * groups) * Int64(run_bytes)
+            token = image + Int64(row_tile) * Int64(k_blocks * (cfg.tokens * 256))
+            ahead = cutlass.min(chunks, Int32(stages))
+            for i in cutlass.range(ahead, unroll=1):
+                cute.arch.mbarrier_arrive_and_expect_tx(full + i, cfg.stage_bytes)
+                barrier = (full + i).toint()
+                for g in cutlass.range_constexpr(groups):
+                    ptx.bulk_load(
+                        weights_at + (i * groups + g) * weight_bytes,
+                        weight + Int64(run_bytes) * g + Int64(i * weight_bytes),
+                        weight_bytes,
+                        barrier,
+                    )
+            cute.arch.griddepcontrol_wait()
+            for i in cutlass.range(ahead, unroll=1):
+                ptx.bulk_load(
+                    tokens_at + i * token_bytes, token + Int64(i * token_bytes), token_bytes, (full + i).toint()
+                )
+            stage = ahead
+            if stage == stages:
+                stage = Int32(0)
+                phase = Int32(0)
+        while tile < total:
+            row_tile = tile // n_tiles
+            n_tile = tile - row_tile * n_tiles
+            expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
+            weight = experts + Int64(expert) * expert_bytes + Int64(n_tile * groups) * Int64(run_bytes)
+            token = image + Int64(row_tile) * Int64(k_blocks * (cfg.tokens * 256))
+            weight += Int64(ahead * weight_bytes)
+            token += Int64(ahead * token_bytes)
+            for _ in cutlass.range(chunks - ahead, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, cfg.stage_bytes)
+                barrier = (full + stage).toint()
+                for g in cutlass.range_constexpr(groups):
+                    ptx.bulk_load(
+                        weights_at + (stage * groups + g) * weight_bytes,
+                        weight + Int64(run_bytes) * g,
+                        weight_bytes,
+                        barrier,
+                    )
+                ptx.bulk_load(tokens_at + stage * token_bytes, token, token_bytes, barrier)
+                weight += weight_bytes
+                token += token_bytes
+                stage += 1
+                if stage == stages:
+                    stage = Int32(0)
+                    phase ^= 1
+            ahead = Int32(0)
+            tile += programs
+
+    @cute.jit
     def consume(
-        self, base, full, empty, total, chunks, image, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles,
-        limit,
+        self, base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles, limit
     ):  # fmt: skip
         """A consumer warpgroup."""
         cfg = self.config
@@ -202,6 +247,7 @@ class GroupedGemm:
         a = [cute.make_rmem_tensor(thread_mma.partition_shape_A((64, 64)), BFloat16) for _ in range(2)]
         fragments = [cute.recast_tensor(x, Uint32) for x in a]
 
+        cute.arch.griddepcontrol_wait()  # for the scales of rows
         tile = program
         stage = Int32(0)
         phase = Int32(0)
@@ -228,11 +274,10 @@ class GroupedGemm:
                             )
                         warpgroup.commit_group()
                         warpgroup.wait_group(1)
-                        if cutlass.const_expr(block == 0 and half == 0):
+                        if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
                             # Everything of the stage before is multiplied.
-                            if before >= 0:
-                                if lane == 0:
-                                    cute.arch.mbarrier_arrive(empty + before)
+                            if before >= 0 and lane == 0:
+                                cute.arch.mbarrier_arrive(empty + before)
                 before = stage
                 stage += 1
                 if stage == stages:

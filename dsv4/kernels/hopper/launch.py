@@ -151,4 +151,5 @@ def grouped_gemm(
         k // 128,
         n_tiles,
         limit or 0.0,
+        dependent=True,
     )
