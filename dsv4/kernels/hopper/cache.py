@@ -72,9 +72,7 @@ def load(config: HopperConfig) -> tuple[bytes, str]:
             f"no compiled kernel for {config} in {folder()} and nvidia-cutlass-dsl is not installed: "
             "pip install 'dsv4[hopper]', or set DSV4_CACHE_DIR to a cache compiled elsewhere"
         )
-    from dsv4.kernels.hopper.grouped_gemm import compile_kernel
-
-    cubin, entry = compile_kernel(config)
+    cubin, entry = _compile(config)
     payload = entry.encode() + b"\0" + cubin
     try:
         folder().mkdir(parents=True, exist_ok=True)
@@ -84,3 +82,10 @@ def load(config: HopperConfig) -> tuple[bytes, str]:
     except OSError:
         pass  # a read-only cache costs the next process a compilation, nothing else
     return cubin, entry
+
+
+def _compile(config: HopperConfig) -> tuple[bytes, str]:
+    """Only here is the DSL imported."""
+    from dsv4.kernels.hopper.grouped_gemm import compile_kernel
+
+    return compile_kernel(config)
