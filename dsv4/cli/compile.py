@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,7 +16,7 @@ from dsv4.errors import ConfigError
 def compile_kernels(
     shape: Annotated[str, typer.Option(help=f"Layer shape: {', '.join(SHAPES)}.")] = "v4-flash",
     arch: Annotated[str, typer.Option(help="Architecture to compile for.")] = "sm_90a",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile a model's kernels into the cache ($DSV4_CACHE_DIR), with no GPU."""
     from dsv4.backends.hopper import kernels
@@ -28,19 +28,20 @@ def compile_kernels(
         raise ConfigError(f"--shape {shape}: no such shape, expected {', '.join(SHAPES)}")
     layer, start = SHAPES[shape], time.perf_counter()
     needed = set()
-    for form in ("bf16", "nvfp4"):
+    forms: tuple[Literal["bf16", "nvfp4"], ...] = ("bf16", "nvfp4")
+    for form in forms:
         config = MoEConfig(
             layer.num_experts,
             layer.hidden_size,
             layer.intermediate_size,
             top_k=layer.top_k,
-            activation_format=form,  # type: ignore[arg-type]
+            activation_format=form,
             swiglu_limit=layer.swiglu_limit,
         )
         needed.update(kernels(config))
-    missing = [config for config in needed if cache.lookup(config) is None]
-    for config in missing:
-        cache.load(config)
+    missing = [kernel for kernel in needed if cache.lookup(kernel) is None]
+    for kernel in missing:
+        cache.load(kernel)
     seconds = time.perf_counter() - start
     result = {
         "folder": str(cache.folder()),
@@ -48,7 +49,7 @@ def compile_kernels(
         "compiled": len(missing),
         "seconds": round(seconds, 1),
     }
-    if as_json:
+    if json:
         print_json(result)
     else:
         print(f"{len(needed)} kernels in {cache.folder()}, {len(missing)} compiled in {seconds:.1f} s")

@@ -114,7 +114,6 @@ class GroupedGemm:
         barriers_at = weights_at + stages * groups * weight_bytes
         full = cute.recast_ptr(base + barriers_at, dtype=Int64)
         empty = full + stages
-        base_address = base.toint()
 
         if tidx == 0:
             for i in cutlass.range_constexpr(stages):
@@ -138,7 +137,8 @@ class GroupedGemm:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles, limit
+                base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles,
+                limit,
             )  # fmt: skip
 
     @cute.jit

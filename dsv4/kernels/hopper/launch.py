@@ -107,6 +107,7 @@ def grouped_gemm(
     multiprocessors: int,
     limit: float | None = None,
     topk_weights: Tensor | None = None,
+    dependent: bool = False,
 ) -> None:
     """Multiply every row tile with its expert's matrix.
 
@@ -124,6 +125,7 @@ def grouped_gemm(
         multiprocessors: of the device.
         limit: of SwiGLU.
         topk_weights: fp32, by slot.
+        dependent: start before the launch before it has ended; it must be a kernel that did not write the tile map.
 
     Raises:
         InputError: the matrix is not whole tiles of this configuration.
@@ -151,5 +153,5 @@ def grouped_gemm(
         k // 128,
         n_tiles,
         limit or 0.0,
-        dependent=True,
+        dependent=dependent,
     )
