@@ -11,6 +11,7 @@ from oracle import random_weights
 
 from dsv4 import BackendError, StateError
 from dsv4.backends import BACKENDS
+from dsv4.config import MoEConfig
 from dsv4.workspace import Workspace
 
 pytestmark = [
@@ -24,7 +25,11 @@ SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 
 @pytest.fixture(params=[backend.name for backend in BACKENDS])
 def target(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
-    return request.param, torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    verdict = next(b for b in BACKENDS if b.name == request.param).explain(MoEConfig(E, H, INTER, top_k=K), device)
+    if not verdict.usable:
+        pytest.skip(verdict.reason)
+    return request.param, device
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,6 +8,7 @@ import os
 import torch
 
 from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
+from dsv4.backends.hopper import HopperBackend
 from dsv4.backends.portable import PortableBackend
 from dsv4.backends.proof import prove
 from dsv4.backends.reference import ReferenceBackend
@@ -18,7 +19,7 @@ __all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "c
 
 _log = logging.getLogger("dsv4")
 
-BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend)
+BACKENDS: tuple[type[Backend], ...] = (HopperBackend, PortableBackend, ReferenceBackend)
 """In the order in which ``auto`` tries them: fastest first."""
 
 
