@@ -13,8 +13,8 @@ from layer_cases import MODES, build, inputs, on, poisoned, weights_on
 from oracle import random_weights
 
 from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Workspace
-from dsv4.backends.base import Verdict
 from dsv4.backends import BACKENDS, choose
+from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
 E, H, INTER, K = 4, 64, 32, 2
@@ -313,7 +313,9 @@ def test_a_setter_that_the_backend_cannot_follow_raises(target, monkeypatch):
     moe = layer(target)
     args = batch(target)
     want = moe.run(*args)
-    monkeypatch.setattr(type(moe._backend), "explain", lambda config, device: Verdict(False, "only fused"))
+    monkeypatch.setattr(
+        type(moe._backend), "explain", staticmethod(lambda config, device: Verdict(False, "only fused"))
+    )
     with pytest.raises(BackendError, match="only fused"):
         moe.set_fused_swiglu(False)
     assert torch.equal(moe.run(*args), want)

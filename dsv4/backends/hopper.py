@@ -86,9 +86,7 @@ class HopperBackend(PortableBackend):
         if capability != (9, 0):
             return Verdict(False, f"kernels for compute capability 9.0, found {capability}")
         if not config.fused_swiglu:
-            return Verdict(
-                False, "SwiGLU is always applied in GEMM 1's epilogue, set_fused_swiglu(False) asks it not to be"
-            )
+            return Verdict(False, "SwiGLU is always part of GEMM 1, set_fused_swiglu(False) asks it not to be")
         if config.hidden_size % _MULTIPLE or config.intermediate_size % _MULTIPLE:
             return Verdict(
                 False,
