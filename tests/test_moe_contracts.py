@@ -68,14 +68,18 @@ def test_inputs_are_left_alone(target):
 
 
 def test_views_are_accepted(target):
-    """Inputs may be strided views, and out a slice of something larger."""
+    """Inputs may be strided views, or begin at any element, and so may out."""
     moe = layer(target)
     x, w, ids = batch(target)
     wide = torch.randn(9, 2 * H, device=target[1]).bfloat16()
     wide[:, ::2] = x
     out = poisoned(18, H, target[1])[::2]
+    want = moe.run(x, w, ids)
     moe.run(wide[:, ::2], w.t().contiguous().t(), ids.t().contiguous().t(), out=out)
-    assert torch.equal(out, moe.run(x, w, ids))
+    assert torch.equal(out, want)
+    out = poisoned(10, H, target[1]).flatten()[1 : 1 + 9 * H].view(9, H)
+    moe.run(*(torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape) for t in (x, w, ids)), out=out)
+    assert torch.equal(out, want)
 
 
 def test_layers_share_one_workspace_by_default(target):

@@ -146,7 +146,7 @@ class PortableBackend:
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
 
         cfg, views = self.config, self._plan.views(scratch)
-        if not out.is_contiguous():
+        if not _is_dense(out):
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
             self.run(packed, call, scratch, dense)
             out.copy_(dense)
@@ -306,13 +306,25 @@ class PortableBackend:
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
 
 
+_ALIGNMENT = 16
+"""Bytes of an asynchronous copy. Triton compiles a kernel anew for an address that is not a multiple of it."""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
 def _dense(call: Call) -> Call:
-    """The call with contiguous tensors: the same ones, where they are."""
+    """The call with contiguous, aligned tensors: the same ones, where they are."""
+
+    def dense(tensor: Tensor) -> Tensor:
+        return tensor if _is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
     return replace(
         call,
-        hidden_states=call.hidden_states.contiguous(),
-        topk_weights=call.topk_weights.contiguous(),
-        topk_ids=call.topk_ids.contiguous(),
+        hidden_states=dense(call.hidden_states),
+        topk_weights=dense(call.topk_weights),
+        topk_ids=dense(call.topk_ids),
     )
 
 
