@@ -355,6 +355,17 @@ def test_warmup(target):
         Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0]).warmup()
 
 
+def test_warming_up_covers_every_form_of_a_call(target, monkeypatch):
+    """Ids of either width, with and without padding rows, for each budget: a kernel compiled later would be a pause."""
+    moe = layer(target)
+    seen = []
+    monkeypatch.setattr(moe._backend, "warmup", lambda packed, scratch, calls: seen.extend(calls))
+    moe.warmup((1, 4))
+    forms = {(len(c.hidden_states), c.topk_ids.dtype, c.num_valid_tokens is None) for c in seen}
+    assert forms == {(t, d, none) for t in (1, 4) for d in (torch.int32, torch.int64) for none in (True, False)}
+    assert {c.num_valid_tokens.dtype for c in seen if c.num_valid_tokens is not None} == {torch.int32}
+
+
 # Choosing a backend
 
 

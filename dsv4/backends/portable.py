@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import Call, Packed, Verdict
+from dsv4.backends.base import OUT_DTYPES, Call, Packed, Verdict
 from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import finite_row_amax
 from dsv4.weights import MoEWeights
@@ -139,7 +139,8 @@ class PortableBackend:
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         for call in calls:
-            self.run(packed, call, scratch, call.hidden_states.new_empty(call.hidden_states.shape))
+            for dtype in OUT_DTYPES:
+                self.run(packed, call, scratch, torch.empty_like(call.hidden_states, dtype=dtype))
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         from dsv4.kernels.triton.grouped_gemm import grouped_gemm

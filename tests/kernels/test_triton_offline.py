@@ -116,6 +116,21 @@ def test_kernels_are_given_aligned_tensors(variant):
                 assert value is call.num_valid_tokens
 
 
+def test_warming_up_reaches_results_of_every_dtype():
+    """Each call is run for every dtype that ``out_dtype`` allows: none is compiled later."""
+    config = MoEConfig(E, H, INTER, max_num_tokens=4096, top_k=K, **VARIANTS["w4a16"])
+    backend, packed, scratch = prepared(config)
+    calls = [
+        Call(torch.zeros(t, H, dtype=torch.bfloat16), torch.zeros(t, K), torch.zeros(t, K, dtype=torch.int32))
+        for t in (1, 4096)
+    ]
+    with recorded() as found:
+        backend.warmup(packed, scratch, calls)
+    results = [launch.arguments["out"] for launch in found if launch.kernel.__name__ == "_combine"]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert {(len(out), out.dtype) for out in results} == {(t, dtype) for t in (1, 4096) for dtype in dtypes}
+
+
 def gemms(tokens: int, **settings) -> list[Launch]:
     return [launch for launch in launches(tokens, **settings) if launch.kernel.__name__ == "_grouped_gemm"]
 
