@@ -318,12 +318,13 @@ class Nvfp4MoE:
             zeros = torch.zeros(self._config.num_experts, device=self.device)
             self._calibration_amax = (zeros, zeros.clone())
         running = self._calibration_amax
-        with self._workspace.exclusive():
-            seen = self._backend.activation_amax(
-                packed, Call(hidden_states, topk_weights, topk_ids, self._expert_map), scratch
-            )
-        for amax, new in zip(running, seen, strict=True):
-            torch.maximum(amax, new, out=amax)
+        if hidden_states.shape[0]:
+            with self._workspace.exclusive():
+                seen = self._backend.activation_amax(
+                    packed, Call(hidden_states, topk_weights, topk_ids, self._expert_map), scratch
+                )
+            for amax, new in zip(running, seen, strict=True):
+                torch.maximum(amax, new, out=amax)
         l1, l2 = (global_scale(torch.where(amax > 0, amax, amax.amax())) for amax in running)
         self._calibrated_scales = InputScales.updated(self._calibrated_scales, l1, l2)
         return l1, l2

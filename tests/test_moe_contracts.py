@@ -279,6 +279,15 @@ def test_calibration_leaves_bad_rows_out(target):
         assert torch.equal(got[untouched], expected[untouched])
 
 
+def test_calibration_on_no_tokens(target, monkeypatch):
+    """A batch without tokens changes no scale, and no backend is asked about it."""
+    moe = layer(target, activation_scale="calibrated")
+    want = moe.compute_activation_global_scales(*batch(target))
+    monkeypatch.setattr(moe._backend, "activation_amax", None)
+    for got, expected in zip(moe.compute_activation_global_scales(*batch(target, 0)), want, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("mode", ["static", "calibrated"])
 def test_scales_that_nobody_gave_are_an_error(target, mode):
     """Static without input scales, calibrated without data: run says what is missing and what to do."""
