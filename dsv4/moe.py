@@ -23,7 +23,7 @@ from dsv4.nvfp4 import Nvfp4Tensor, global_scale
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
 from dsv4.ops.routing import checked_expert_map
 from dsv4.weights import MoEWeights, per_expert_scales
-from dsv4.workspace import Workspace, default_workspace
+from dsv4.workspace import Workspace, default_workspace, on_device
 
 _log = logging.getLogger("dsv4")
 
@@ -228,9 +228,10 @@ class Nvfp4MoE:
                     "graphs would use the old scales. Pass l1_input_scale and l2_input_scale, or build a new layer"
                 )
             self._static_scales = None
-        if self._packed is None:
-            self._prove_backend()
-        self._packed = self._backend.pack(weights, self._packed)
+        with on_device(self.device):
+            if self._packed is None:
+                self._prove_backend()
+            self._packed = self._backend.pack(weights, self._packed)
         # What was observed with the old weights says nothing about the new ones.
         self._calibration_amax = None
 

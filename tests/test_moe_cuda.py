@@ -178,6 +178,20 @@ def test_batch_invariance_along_a_long_k(target, mode):
         assert torch.equal(part, whole[:tokens]), tokens
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_need_not_be_on_the_current_gpu(target):
+    """As when a model's layers are spread over GPUs in one process: the numbers of the current GPU."""
+    weights, args = random_weights(E, H, INTER, seed=1), inputs(T, H, K, E)
+    here, there = target[1], torch.device("cuda", (target[1].index + 1) % torch.cuda.device_count())
+    results = []
+    for device in (here, there):
+        moe = build((target[0], device), weights, top_k=K, activation_scale="token")
+        moe.warmup((T,))
+        results.append(moe.run(*on(device, *args)).cpu())
+    assert torch.cuda.current_device() == here.index
+    assert torch.equal(*results)
+
+
 def test_two_layers_on_two_streams(target):
     """Layers with a workspace each run at the same time without disturbing each other."""
     _, device = target
