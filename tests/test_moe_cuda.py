@@ -106,6 +106,29 @@ def test_run_allocates_nothing_but_the_result(target, mode):
         assert torch.equal(result, out)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_compiled_after_warmup(target, mode, monkeypatch):
+    """Ids of either width, padding rows, results of every dtype, tensors that begin anywhere: all kernels are there."""
+    if target[0] != "portable":
+        pytest.skip("a promise of the portable backend")
+    from triton import knobs
+
+    top_k, device = 5, target[1]  # no other test's, or it would have compiled them
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=top_k, max_num_tokens=600, **SCALES, **MODES[mode])
+    moe.warmup((1, T, 600))
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))
+    for tokens in (1, T, 600):
+        x, w, ids = on(device, *inputs(tokens, H, top_k, E))
+        misaligned = torch.zeros(ids.numel() + 1, dtype=torch.int32, device=device)[1:].view(ids.shape)
+        misaligned.copy_(ids)
+        for these in (ids, ids.int(), misaligned):
+            for valid in (None, torch.ones(3, dtype=torch.int32, device=device)[2:]):
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    moe.run(x, w, these, num_valid_tokens=valid, out_dtype=dtype)
+    assert not compiled
+
+
 def test_every_budget_replays(target):
     """One graph for each of 1, 2, 4 ... 8192 tokens, replayed in mixed order with fresh routings, gives eager's bits.
 
@@ -153,6 +176,20 @@ def test_batch_invariance_along_a_long_k(target, mode):
     for tokens in (1, 2, 30, 100):
         part = moe.run(x[:tokens], w[:tokens], ids[:tokens], out_dtype=torch.float32)
         assert torch.equal(part, whole[:tokens]), tokens
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_need_not_be_on_the_current_gpu(target):
+    """As when a model's layers are spread over GPUs in one process: the numbers of the current GPU."""
+    weights, args = random_weights(E, H, INTER, seed=1), inputs(T, H, K, E)
+    here, there = target[1], torch.device("cuda", (target[1].index + 1) % torch.cuda.device_count())
+    results = []
+    for device in (here, there):
+        moe = build((target[0], device), weights, top_k=K, activation_scale="token")
+        moe.warmup((T,))
+        results.append(moe.run(*on(device, *args)).cpu())
+    assert torch.cuda.current_device() == here.index
+    assert torch.equal(*results)
 
 
 def test_two_layers_on_two_streams(target):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import Call, Packed, Verdict
+from dsv4.backends.base import OUT_DTYPES, Call, Packed, Verdict
 from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import finite_row_amax
 from dsv4.weights import MoEWeights
@@ -139,14 +139,15 @@ class PortableBackend:
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         for call in calls:
-            self.run(packed, call, scratch, call.hidden_states.new_empty(call.hidden_states.shape))
+            for dtype in OUT_DTYPES:
+                self.run(packed, call, scratch, torch.empty_like(call.hidden_states, dtype=dtype))
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         from dsv4.kernels.triton.grouped_gemm import grouped_gemm
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
 
         cfg, views = self.config, self._plan.views(scratch)
-        if not out.is_contiguous():
+        if not _is_dense(out):
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
             self.run(packed, call, scratch, dense)
             out.copy_(dense)
@@ -306,13 +307,25 @@ class PortableBackend:
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
 
 
+_ALIGNMENT = 16
+"""Bytes of an asynchronous copy. Triton compiles a kernel anew for an address that is not a multiple of it."""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
 def _dense(call: Call) -> Call:
-    """The call with contiguous tensors: the same ones, where they are."""
+    """The call with contiguous, aligned tensors: the same ones, where they are."""
+
+    def dense(tensor: Tensor) -> Tensor:
+        return tensor if _is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
     return replace(
         call,
-        hidden_states=call.hidden_states.contiguous(),
-        topk_weights=call.topk_weights.contiguous(),
-        topk_ids=call.topk_ids.contiguous(),
+        hidden_states=dense(call.hidden_states),
+        topk_weights=dense(call.topk_weights),
+        topk_ids=dense(call.topk_ids),
     )
 
 
