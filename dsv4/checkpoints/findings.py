@@ -130,7 +130,7 @@ def _missing_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Finding
     yield Finding(
         "warning",
         "missing-input-scales",
-        f"{count} experts lack an input scale that others have (first: layer {where[0]}, expert "
+        f"an input scale that others have is missing for {_count(count, 'expert')} (first: layer {where[0]}, expert "
         f"{without[where[0]][0]}): in their layers {remedy}",
         where,
     )
@@ -147,7 +147,7 @@ def _unusable_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Findin
         yield Finding(
             "warning",
             "unusable-input-scales",
-            f"{len(problems)} input scales cannot be used (first: {problems[0][1]})",
+            f"there is no using {_count(len(problems), 'input scale')} (first: {problems[0][1]})",
             tuple(dict.fromkeys(layer for layer, _ in problems)),
         )
 
@@ -189,7 +189,7 @@ def _large_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "large-input-scales",
-            f"{len(large)} input scales are 1 or more (largest: {value:g} of {projection} in layer {number}, expert "
+            f"input scales of 1 or more: {len(large)} (largest: {value:g} of {projection} in layer {number}, expert "
             f"{expert}, for activations up to {value * GS_DIVISOR:g}): they may be reciprocals (2688 / amax), or not "
             f"calibrated",
             tuple(sorted({entry[1] for entry in large})),
@@ -230,7 +230,7 @@ def _gate_up_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Finding
         yield Finding(
             "warning",
             "gate-up-input-scales",
-            f"{count} experts have different input scales for gate and up (first: layer {where[0]}, expert "
+            f"input scales of gate and up differ for {_count(count, 'expert')} (first: layer {where[0]}, expert "
             f"{differing[where[0]][0]}), which read the same activation: the larger is used for both",
             where,
         )
@@ -243,8 +243,8 @@ def _gate_up_global_scales(layers: Sequence[LayerStatistics]) -> Iterator[Findin
         yield Finding(
             "warning",
             "gate-up-global-scales",
-            f"{len(ratios)} experts have different global scales for gate and up (by up to {ratio:.4g} times: layer "
-            f"{number}, expert {expert}): both are honoured here, but engines that take one for both compute wrong "
+            f"global scales of gate and up differ for {_count(len(ratios), 'expert')} (by up to {ratio:.4g} times: "
+            f"layer {number}, expert {expert}): both are honoured here, but engines that take one for both compute wrong "
             f"numbers",
             tuple(sorted({entry[1] for entry in ratios})),
         )
@@ -290,7 +290,7 @@ def _zero_experts(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "zero-experts",
-            f"{len(zero)} expert matrices are all zero (first: layer {number}, expert {expert}, {projection})",
+            f"expert matrices that are all zero: {len(zero)} (first: layer {number}, expert {expert}, {projection})",
             tuple(dict.fromkeys(entry[0] for entry in zero)),
         )
 
@@ -308,8 +308,8 @@ def _large_weights(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "large-weights",
-            f"{len(large)} expert matrices decode to values of up to {magnitude:.3g} (layer {number}, expert {expert}, "
-            f"{projection}): the global scale may be a reciprocal",
+            f"expert matrices with implausibly large weights: {len(large)} (up to {magnitude:.3g}: layer "
+            f"{number}, expert {expert}, {projection}): the global scale may be a reciprocal",
             tuple(sorted({entry[1] for entry in large})),
         )
 
@@ -327,3 +327,7 @@ def _recoded(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
             f"scale and are rounded",
             tuple(layer.layer for layer in layers if getattr(layer.recoded, "requantized", 0)),
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from dsv4.checkpoints.statistics import (
 )
 from dsv4.errors import ConfigError
 
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
+
 
 def chosen_layers(checkpoint: Checkpoint, text: str | None) -> list[int]:
     """Layer numbers from ``"0,3,10-12"``; None is all.
@@ -32,12 +35,12 @@ def chosen_layers(checkpoint: Checkpoint, text: str | None) -> list[int]:
         return list(checkpoint.moe_layers)
     wanted: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        match = _RANGE.fullmatch(part.strip())
+        first, end = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if end < first:
             raise ConfigError(f"--layers: expected numbers and ranges such as 0,3,10-12, found {text!r}")
-        end = int(last) if dash else int(first)
-        known = [layer for layer in checkpoint.moe_layers if int(first) <= layer <= end]
-        if len(known) != end - int(first) + 1:
+        known = [layer for layer in checkpoint.moe_layers if first <= layer <= end]
+        if len(known) != end - first + 1:
             raise ConfigError(
                 f"--layers {text}: not all of {part.strip()} have routed experts; those that have are "
                 f"{shown(checkpoint.moe_layers)}"
