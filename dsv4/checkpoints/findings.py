@@ -244,8 +244,7 @@ def _gate_up_global_scales(layers: Sequence[LayerStatistics]) -> Iterator[Findin
             "warning",
             "gate-up-global-scales",
             f"global scales of gate and up differ for {_count(len(ratios), 'expert')} (by up to {ratio:.4g} times: "
-            f"layer {number}, expert {expert}): both are honoured here, but engines that take one for both compute wrong "
-            f"numbers",
+            f"layer {number}, expert {expert}): both are honoured here, but engines that take one for both go wrong",
             tuple(sorted({entry[1] for entry in ratios})),
         )
 

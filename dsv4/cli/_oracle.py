@@ -85,7 +85,8 @@ def compute_slots(
             scale = None if mode.static_l2 is None else float(mode.static_l2[expert])
             shifted = _quantized_rows(shifted.flatten(0, 1), scale).view_as(shifted)
         operand[:, chosen] = shifted
-        down[:, chosen] = multiply_down(weights, expert, shifted)
+        product = shifted @ decode(weights.l2_fp4[expert], weights.l2_sf[expert]).T
+        down[:, chosen] = product * float(weights.l2_gs[expert])
     return Slots(operand, down)
 
 
@@ -94,19 +95,6 @@ def gate_up(weights: LayerWeights, expert: int, rows: Tensor) -> tuple[Tensor, T
     product = rows @ decode(weights.l1_fp4[expert], weights.l1_sf[expert]).T
     gate, up = product.chunk(2, dim=1)
     return gate * float(weights.l1_gs[expert, 0]), up * float(weights.l1_gs[expert, 1])
-
-
-def multiply_down(weights: LayerWeights, expert: int, rows: Tensor) -> Tensor:
-    """GEMM 2: float64 ``[..., I]`` -> float64 ``[..., H]``, with its global scale."""
-    return rows @ decode(weights.l2_fp4[expert], weights.l2_sf[expert]).T * float(weights.l2_gs[expert])
-
-
-def down_of(weights: LayerWeights, operand: Tensor, experts: Tensor) -> Tensor:
-    """GEMM 2 alone, of a given operand float64 ``[S, I]``: float64 ``[S, H]``."""
-    result = torch.full((len(experts), weights.shape.hidden_size), torch.nan, dtype=torch.float64)
-    for expert, chosen in _slots_of(experts):
-        result[chosen] = multiply_down(weights, expert, operand[chosen])
-    return result
 
 
 def decode(fp4: Tensor, sf: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ matrices whose effect is known exactly, and run through the very kernels that se
   columns of it at a time.
 * ``up`` (or ``gate``) that *reads a constant*: every row is 1 at column 0, where all probing tokens have the value 1.
   Then the intermediate depends on the other of the two alone.
+* gate and up that *make a pattern*: the same random code for both at column 0 of every row. Then the intermediate is
+  known, differs by column, needs one product of GEMM 1, and does not care which of the two is gate.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor
 from dsv4.checkpoints.base import LayerWeights
 from dsv4.nvfp4 import BLOCK
 
-_ONE = 0x2  # the e2m1 code of 1
+_ONE = 0x2  # e2m1 codes
+_THREE = 0x5
 _ONE_SCALE = 0x38  # the e4m3 byte of 1
 
 
@@ -40,6 +43,19 @@ def with_constant(weights: LayerWeights, half: int) -> LayerWeights:
     sf.view(torch.uint8)[:, rows] = _ONE_SCALE
     gs[:, half] = 1
     return replace(weights, l1_fp4=fp4, l1_sf=sf, l1_gs=gs)
+
+
+def with_pattern(weights: LayerWeights, limit: float | None) -> LayerWeights:
+    """``weights`` with gate and up replaced by a pattern that stays within the clamp."""
+    inter = weights.shape.intermediate_size
+    # From 1 to 3: silu(v) * v then spans what a block of 16 can hold without rounding the smallest to 0.
+    codes = torch.randint(_ONE, _THREE + 1, (inter,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    fp4 = torch.zeros_like(weights.l1_fp4)
+    fp4[:, :, 0] = codes.repeat(2)
+    sf = torch.full_like(weights.l1_sf.view(torch.uint8), _ONE_SCALE).view(torch.float8_e4m3fn)
+    # The tokens' constant may come out of its quantization a little above 1.
+    gs = 1.0 if limit is None else min(1.0, limit / 4)
+    return replace(weights, l1_fp4=fp4, l1_sf=sf, l1_gs=torch.full_like(weights.l1_gs, gs))
 
 
 def with_selection(weights: LayerWeights, first: int) -> LayerWeights:

@@ -3,9 +3,12 @@
 ===============  ====================================================================================================
 ``gate``, ``up`` GEMM 1 and what follows it, with the other of the two held constant (:mod:`dsv4.cli._probes`)
 ``activation``   GEMM 2's operand: clamp, SwiGLU, rounding to bf16 and, in W4A4, quantization
-``down``         GEMM 2 alone: compared with float64 products of the operand that the backend itself had
+``down``         GEMM 2 with its real weights, of an intermediate that hardly needs GEMM 1
 ``output``       the whole layer: routing, real top-k, combine, rounding to bf16
 ===============  ====================================================================================================
+
+The first three are seen through GEMM 2: where they fail and ``down`` passes, GEMM 1 is at fault; where all fail, GEMM 2
+or a scale is.
 
 The error of a stage is the largest relative L2 of any expert's rows (for ``output``, of all rows). Where there is a
 clamp, a quarter of the tokens is loud enough that it acts; these are judged apart, so that they cannot hide the others.
@@ -32,8 +35,8 @@ from dsv4.checkpoints.statistics import sum_reports
 from dsv4.cli._layer import random_topk_ids
 from dsv4.cli._machine import cpu_model, versions
 from dsv4.cli._modes import MODES, Mode
-from dsv4.cli._oracle import ActivationMode, Slots, compute_slots, down_of, gate_up
-from dsv4.cli._probes import probing_tokens, with_constant, with_selection
+from dsv4.cli._oracle import ActivationMode, compute_slots, gate_up
+from dsv4.cli._probes import probing_tokens, with_constant, with_pattern, with_selection
 from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
 from dsv4.moe import Nvfp4MoE
@@ -208,11 +211,11 @@ class _Verification:
         weights = self._weights
         single = self._layer(top_k=1)
         stages = {
-            "gate": self._operand_stage(single, with_constant(weights, 1))[0],
-            "up": self._operand_stage(single, with_constant(weights, 0))[0],
+            "gate": self._operand_stage(single, with_constant(weights, 1)),
+            "up": self._operand_stage(single, with_constant(weights, 0)),
+            "activation": self._operand_stage(single, weights),
+            "down": self._down_stage(single),
         }
-        stages["activation"], operand = self._operand_stage(single, weights)
-        stages["down"] = self._down_stage(single, operand)
         layer = self._layer(self._top_k)
         stages["output"] = self._output_stage(layer)
         return {
@@ -223,15 +226,15 @@ class _Verification:
 
     # Stages.
 
-    def _operand_stage(self, layer: Nvfp4MoE, weights: LayerWeights) -> tuple[Stage, Tensor | None]:
-        """The operand of GEMM 2 under ``weights``' gate and up; also what it was, float64 ``[S, I]``."""
+    def _operand_stage(self, layer: Nvfp4MoE, weights: LayerWeights) -> Stage:
+        """The operand of GEMM 2 under ``weights``' gate and up."""
         want = compute_slots(weights, self._hidden, self._slot_experts, self._activation, self._limit).operand
         width, inter = weights.shape.hidden_size, weights.shape.intermediate_size
         parts = []
         for first in range(0, inter, width):
             out = self._slot_rows(layer, with_selection(weights, first))
             if isinstance(out, str):
-                return Stage(None, False, problem=out), None
+                return Stage(None, False, problem=out)
             parts.append(out[:, : inter - first])
         got = torch.cat(parts, dim=1)
         nearest = want.gather(0, (want - got).abs().argmin(dim=0, keepdim=True))[0]
@@ -239,19 +242,21 @@ class _Verification:
         stage = self._slot_stage(got, nearest)
         if self._activation.quantized:
             stage = replace(stage, agreement=_share(same), near_ties=_share(near & ~same))
-        return stage, torch.where(near, nearest, got)
+        return stage
 
-    def _down_stage(self, layer: Nvfp4MoE, operand: Tensor | None) -> Stage:
-        out = self._slot_rows(layer, self._weights)
-        if isinstance(out, str) or operand is None:
-            return Stage(None, False, problem=out if isinstance(out, str) else "its operand could not be measured")
-        return self._slot_stage(out, down_of(self._weights, operand, self._slot_experts))
+    def _down_stage(self, layer: Nvfp4MoE) -> Stage:
+        weights = with_pattern(self._weights, self._limit)
+        out = self._slot_rows(layer, weights)
+        if isinstance(out, str):
+            return Stage(None, False, problem=out)
+        slots = compute_slots(weights, self._hidden, self._slot_experts, self._activation, self._limit)
+        return self._slot_stage(out, _nearest_rows(slots.down, out))
 
     def _output_stage(self, layer: Nvfp4MoE) -> Stage:
         out = self._call(layer, self._weights, self._topk_weights, self._topk_ids, torch.bfloat16)
         if isinstance(out, str):
             return Stage(None, False, problem=out)
-        slots: Slots = compute_slots(
+        slots = compute_slots(
             self._weights,
             self._hidden.repeat_interleave(self._top_k, dim=0),
             self._topk_ids.flatten(),
@@ -260,10 +265,7 @@ class _Verification:
         )
         rows = slots.down.unflatten(1, (-1, self._top_k))
         candidates = (rows * self._topk_weights.double().unsqueeze(2)).sum(dim=2)
-        distance = (candidates - out).norm(dim=2)
-        # Only a moved code or scale is worth a factor of two: lesser differences stay errors.
-        nearest = torch.where(distance.amin(dim=0) < 0.5 * distance[0], distance.argmin(dim=0), 0)
-        want = candidates[nearest, torch.arange(len(out))]
+        want = _nearest_rows(candidates, out)
         errors = [_relative_l2(out[part], want[part]) for part in (self._loud, ~self._loud) if part.any()]
         return _judged(max(errors, key=_order))
 
@@ -343,6 +345,16 @@ def _moved(weights: LayerWeights, device: torch.device, static: bool) -> dict[st
 
 def _same(got: Tensor, want: Tensor) -> Tensor:
     return (got - want).abs() <= _SAME_VALUE * want.abs()
+
+
+def _nearest_rows(candidates: Tensor, got: Tensor) -> Tensor:
+    """Of ``candidates [N, S, H]``, for each row the first, unless another is nearer to ``got [S, H]`` by a factor of 2.
+
+    Only a moved code or scale is worth that much: lesser differences stay errors.
+    """
+    distance = (candidates - got).norm(dim=2)
+    chosen = torch.where(distance.amin(dim=0) < 0.5 * distance[0], distance.argmin(dim=0), 0)
+    return candidates[chosen, torch.arange(len(got))]
 
 
 def _share(mask: Tensor) -> float:

@@ -44,6 +44,7 @@ def verify(
     2 for a command line that makes no sense. The float64 side runs on the CPU.
     """
     modes = _mode_names(mode)
+    check_writable(report)
     text_file, json_file = _report_files(report)
     check_writable(text_file)
     check_writable(json_file)
