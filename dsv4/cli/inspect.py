@@ -28,8 +28,11 @@ def inspect(
 ) -> None:
     """Show a checkpoint's routed experts: format, shapes, bytes, ranges of all scales, and what looks wrong.
 
-    Exit status: 0 if every expert that was looked at can be loaded, 1 if not (with --strict: or if there are
-    warnings), 2 for a command line that makes no sense. Without --headers-only every code and scale is read.
+    Without --headers-only, every code and scale is read.
+
+    Exit status 0: every expert that was looked at can be loaded.
+    1: one cannot, or, with --strict, there are warnings.
+    2: a command line that makes no sense.
     """
     if plot is not None and headers_only:
         raise typer.BadParameter("--plot draws values, --headers-only reads none: choose one")

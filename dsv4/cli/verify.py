@@ -38,10 +38,13 @@ def verify(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
-    """Run layers of a checkpoint and compare every stage with float64 arithmetic on the same quantized weights.
+    """Compare a backend, stage by stage, with float64 arithmetic on layers of a checkpoint.
 
-    Exit status: 0 if every stage is within 3e-3 (relative L2), 1 if not, or if the checkpoint cannot be read,
-    2 for a command line that makes no sense. The float64 side runs on the CPU.
+    Both sides have the same quantized weights; the float64 side runs on the CPU.
+
+    Exit status 0: every stage is within 3e-3 (relative L2).
+    1: one is not, or the checkpoint cannot be read.
+    2: a command line that makes no sense.
     """
     modes = _mode_names(mode)
     check_writable(report)
