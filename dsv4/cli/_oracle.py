@@ -42,28 +42,15 @@ class ActivationMode:
     static_l2: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Slots:
-    """What (token, expert) pairs compute: float64, one row a slot.
-
-    Attributes:
-        operand: ``[N, S, I]``: what GEMM 2 multiplies (decoded), for each of the N shifts asked for.
-        down: ``[N, S, H]``: GEMM 2's rows, global scale included.
-    """
-
-    operand: Tensor
-    down: Tensor
-
-
-def compute_slots(
+def operands(
     weights: LayerWeights,
     hidden: Tensor,
     experts: Tensor,
     mode: ActivationMode,
     limit: float | None,
     shifts: Sequence[float] = NEAR_TIES,
-) -> Slots:
-    """Run every slot.
+) -> Tensor:
+    """What GEMM 2 multiplies, decoded: float64 ``[N, S, I]``, for each of the N shifts.
 
     Args:
         weights: E experts, on the CPU.
@@ -73,21 +60,27 @@ def compute_slots(
         limit: L of the clamped SwiGLU, or None.
         shifts: relative changes of the intermediate before it is rounded; the first is the plain result.
     """
-    width, inter = weights.shape.hidden_size, weights.shape.intermediate_size
-    operand = torch.full((len(shifts), len(experts), inter), torch.nan, dtype=torch.float64)
-    down = torch.full((len(shifts), len(experts), width), torch.nan, dtype=torch.float64)
+    shape = (len(shifts), len(experts), weights.shape.intermediate_size)
+    result = torch.full(shape, torch.nan, dtype=torch.float64)
     rows = _quantized_rows(hidden, mode.static_l1) if mode.quantized else hidden.double()
     for expert, chosen in _slots_of(experts):
-        gate, up = gate_up(weights, expert, rows[chosen])
-        inner = _swiglu(gate, up, limit)
+        inner = _swiglu(*gate_up(weights, expert, rows[chosen]), limit)
         shifted = torch.stack([round_to_bf16(inner * (1 + shift)) for shift in shifts])
         if mode.quantized:
             scale = None if mode.static_l2 is None else float(mode.static_l2[expert])
             shifted = _quantized_rows(shifted.flatten(0, 1), scale).view_as(shifted)
-        operand[:, chosen] = shifted
-        product = shifted @ decode(weights.l2_fp4[expert], weights.l2_sf[expert]).T
-        down[:, chosen] = product * float(weights.l2_gs[expert])
-    return Slots(operand, down)
+        result[:, chosen] = shifted
+    return result
+
+
+def down_rows(weights: LayerWeights, operand: Tensor, experts: Tensor) -> Tensor:
+    """GEMM 2 of ``operand [N, S, I]``, with its global scale: float64 ``[N, S, H]``."""
+    shape = (*operand.shape[:2], weights.shape.hidden_size)
+    result = torch.full(shape, torch.nan, dtype=torch.float64)
+    for expert, chosen in _slots_of(experts):
+        product = operand[:, chosen] @ decode(weights.l2_fp4[expert], weights.l2_sf[expert]).T
+        result[:, chosen] = product * float(weights.l2_gs[expert])
+    return result
 
 
 def gate_up(weights: LayerWeights, expert: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,10 +92,9 @@ def gate_up(weights: LayerWeights, expert: int, rows: Tensor) -> tuple[Tensor, T
 
 def decode(fp4: Tensor, sf: Tensor) -> Tensor:
     """``e2m1 * sf``: packed uint8 ``[N, K/2]`` and e4m3 ``[N, K/16]`` -> float64 ``[N, K]``, exact."""
-    e2m1 = _e2m1_values()
-    low_high = torch.stack((e2m1.repeat(16), e2m1.repeat_interleave(16)), dim=1)  # [256, 2]: even K in the low nibble
-    values = low_high[fp4.int()].view(*sf.shape, _BLOCK)
-    return (values * _e4m3_values()[sf.view(torch.uint8).int()].unsqueeze(-1)).flatten(-2)
+    values = torch.embedding(_byte_values(), fp4.int()).view(*sf.shape, _BLOCK)
+    values *= _e4m3_values()[sf.view(torch.uint8).int()].unsqueeze(-1)
+    return values.flatten(-2)
 
 
 def round_to_bf16(x: Tensor) -> Tensor:
@@ -161,6 +153,12 @@ def _e2m1_values() -> Tensor:
     """float64 ``[16]``: sign, two exponent bits (bias 1), one mantissa bit; exponent 0 is subnormal."""
     magnitudes = [m / 2 if e == 0 else (1 + m / 2) * 2.0 ** (e - 1) for e in range(4) for m in range(2)]
     return torch.tensor(magnitudes + [-value for value in magnitudes], dtype=torch.float64)
+
+
+@cache
+def _byte_values() -> Tensor:
+    """float64 ``[256, 2]``: the values of a byte's two codes, the even K index in the low nibble."""
+    return torch.stack((_e2m1_values().repeat(16), _e2m1_values().repeat_interleave(16)), dim=1)
 
 
 @cache

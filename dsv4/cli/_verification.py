@@ -35,7 +35,7 @@ from dsv4.checkpoints.statistics import sum_reports
 from dsv4.cli._layer import random_topk_ids
 from dsv4.cli._machine import cpu_model, versions
 from dsv4.cli._modes import MODES, Mode
-from dsv4.cli._oracle import ActivationMode, compute_slots, gate_up
+from dsv4.cli._oracle import ActivationMode, down_rows, gate_up, operands
 from dsv4.cli._probes import probing_tokens, with_constant, with_pattern, with_selection
 from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
@@ -228,7 +228,7 @@ class _Verification:
 
     def _operand_stage(self, layer: Nvfp4MoE, weights: LayerWeights) -> Stage:
         """The operand of GEMM 2 under ``weights``' gate and up."""
-        want = compute_slots(weights, self._hidden, self._slot_experts, self._activation, self._limit).operand
+        want = operands(weights, self._hidden, self._slot_experts, self._activation, self._limit)
         width, inter = weights.shape.hidden_size, weights.shape.intermediate_size
         parts = []
         for first in range(0, inter, width):
@@ -249,21 +249,17 @@ class _Verification:
         out = self._slot_rows(layer, weights)
         if isinstance(out, str):
             return Stage(None, False, problem=out)
-        slots = compute_slots(weights, self._hidden, self._slot_experts, self._activation, self._limit)
-        return self._slot_stage(out, _nearest_rows(slots.down, out))
+        operand = operands(weights, self._hidden, self._slot_experts, self._activation, self._limit)
+        return self._slot_stage(out, _nearest_rows(down_rows(weights, operand, self._slot_experts), out))
 
     def _output_stage(self, layer: Nvfp4MoE) -> Stage:
         out = self._call(layer, self._weights, self._topk_weights, self._topk_ids, torch.bfloat16)
         if isinstance(out, str):
             return Stage(None, False, problem=out)
-        slots = compute_slots(
-            self._weights,
-            self._hidden.repeat_interleave(self._top_k, dim=0),
-            self._topk_ids.flatten(),
-            self._activation,
-            self._limit,
-        )
-        rows = slots.down.unflatten(1, (-1, self._top_k))
+        hidden = self._hidden.repeat_interleave(self._top_k, dim=0)
+        experts = self._topk_ids.flatten()
+        operand = operands(self._weights, hidden, experts, self._activation, self._limit)
+        rows = down_rows(self._weights, operand, experts).unflatten(1, (-1, self._top_k))
         candidates = (rows * self._topk_weights.double().unsqueeze(2)).sum(dim=2)
         want = _nearest_rows(candidates, out)
         errors = [_relative_l2(out[part], want[part]) for part in (self._loud, ~self._loud) if part.any()]
