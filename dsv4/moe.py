@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4.backends import Call, InputScales, Packed, Verdict, choose, explain_all
 from dsv4.checks import check_tensor, dtype_names, stack_experts
 from dsv4.config import ActivationFormat, ActivationScale, L1ScalePolicy, MoEConfig, RouteWeight
-from dsv4.errors import ConfigError, InputError, StateError
+from dsv4.errors import BackendError, ConfigError, InputError, StateError
 from dsv4.nvfp4 import Nvfp4Tensor, global_scale
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
 from dsv4.ops.routing import checked_expert_map
@@ -160,6 +160,7 @@ class Nvfp4MoE:
         """Allow a backend to apply SwiGLU in GEMM 1's epilogue (the default) or not. No effect on the numbers.
 
         Raises:
+            BackendError: the layer's backend cannot keep them apart.
             StateError: after :meth:`warmup`.
         """
         self._reconfigure("set_fused_swiglu", replace(self._config, fused_swiglu=bool(fused)))
@@ -172,6 +173,9 @@ class Nvfp4MoE:
                 f"{setter} after warmup: compiled kernels and captured graphs would keep the old value. "
                 f"Call it before warmup, or build a new layer"
             )
+        verdict = self._backend.explain(config, self.device)
+        if not verdict.usable:
+            raise BackendError(f"{setter}: the {self._backend.name} backend cannot do that: {verdict.reason}")
         self._backend = type(self._backend)(config, self.device)
         self._config = config
         self._scratch = None  # another setting may need more

@@ -14,6 +14,7 @@ from oracle import random_weights
 
 from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Workspace
 from dsv4.backends import BACKENDS, choose
+from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
 E, H, INTER, K = 4, 64, 32, 2
@@ -305,6 +306,19 @@ def test_setters_take_full_effect_before_warmup(target):
     torch.testing.assert_close(moe.run(*args), want, rtol=2**-7, atol=0)
     moe.set_swiglu_limit(None)
     assert torch.equal(moe.run(*args), layer(target).run(*args))
+
+
+def test_a_setter_that_the_backend_cannot_follow_raises(target, monkeypatch):
+    """A backend that declines the new configuration is not left with it: an error that gives its reason."""
+    moe = layer(target)
+    args = batch(target)
+    want = moe.run(*args)
+    monkeypatch.setattr(
+        type(moe._backend), "explain", staticmethod(lambda config, device: Verdict(False, "only fused"))
+    )
+    with pytest.raises(BackendError, match="only fused"):
+        moe.set_fused_swiglu(False)
+    assert torch.equal(moe.run(*args), want)
 
 
 def test_setters_after_warmup_raise(target):

@@ -11,6 +11,7 @@ from oracle import random_weights
 
 from dsv4 import BackendError, StateError
 from dsv4.backends import BACKENDS
+from dsv4.config import MoEConfig
 from dsv4.workspace import Workspace
 
 pytestmark = [
@@ -24,7 +25,11 @@ SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 
 @pytest.fixture(params=[backend.name for backend in BACKENDS])
 def target(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
-    return request.param, torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    verdict = next(b for b in BACKENDS if b.name == request.param).explain(MoEConfig(E, H, INTER, top_k=K), device)
+    if not verdict.usable:
+        pytest.skip(verdict.reason)
+    return request.param, device
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -134,6 +139,20 @@ def test_every_budget_replays(target):
             assert torch.equal(out, moe.run(*args, num_valid_tokens=valid)), (budget, seed)
             assert not out[padding].any()
             assert bool(out[~padding].any(dim=1).all())
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_batch_invariance_along_a_long_k(target, mode):
+    """Long sums and calls from 1 to 600 tokens: a token alone keeps the bits that it has in every batch."""
+    moe = build(
+        target, random_weights(8, 1040, 528, seed=1), top_k=K, max_num_tokens=600, batch_invariant=True, **SCALES,
+        **MODES[mode],
+    )  # fmt: skip
+    x, w, ids = on(target[1], *inputs(600, 1040, K, 8))
+    whole = moe.run(x, w, ids, out_dtype=torch.float32)
+    for tokens in (1, 2, 30, 100):
+        part = moe.run(x[:tokens], w[:tokens], ids[:tokens], out_dtype=torch.float32)
+        assert torch.equal(part, whole[:tokens]), tokens
 
 
 def test_two_layers_on_two_streams(target):

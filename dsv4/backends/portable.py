@@ -55,7 +55,7 @@ class Tiling:
 #   32 x 128 with wgmma 1363.
 #   T = 1024, with wgmma: 32 x 128 1402, 64 x 128 1818, 32 x 256 1630. T = 2048: 64 x 128 1846, 8 warps 1922.
 #   T = 4096, 8192, with wgmma: 128 x 256, 8 warps 3289, 6611; 64 x 128, 8 warps 3720, 6940; 128 x 128 3820, 7472.
-# Lines for any GPU: within the 99 KiB of shared memory that the smallest of them have.
+# TILINGS are for any GPU: ``mma`` alone, and within the 99 KiB of shared memory that the smallest of them have.
 _FEW_ROWS = (
     Tiling(1 / 32, (8, 64, 4, 8, 4, False), (8, 64, 4, 8, 4, False)),
     Tiling(1 / 8, (8, 64, 4, 4, 6, False), (8, 64, 4, 4, 6, False)),
@@ -93,7 +93,8 @@ class PortableBackend:
         self._l2 = Matrix(h, i, self._l1.end)
         properties = torch.cuda.get_device_properties(device)
         self._multiprocessors = properties.multi_processor_count
-        self._tilings = HOPPER_TILINGS if properties.major == 9 else TILINGS
+        # The two kinds of tensor-core instructions need not add up in the same order: one kind where bits are promised.
+        self._tilings = HOPPER_TILINGS if properties.major == 9 and not config.batch_invariant else TILINGS
 
     @classmethod
     def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:

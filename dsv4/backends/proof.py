@@ -67,7 +67,11 @@ def _check(backend: type[Backend], device: torch.device) -> Verdict:
 
 
 def _configs() -> Iterator[tuple[str, MoEConfig]]:
-    for name, form in (("W4A16", "bf16"), ("W4A4", "nvfp4")):
+    for name, form, invariant in (
+        ("W4A16", "bf16", False),
+        ("W4A4", "nvfp4", False),
+        ("W4A16, batch-invariant", "bf16", True),
+    ):
         yield (
             name,
             MoEConfig(
@@ -79,6 +83,7 @@ def _configs() -> Iterator[tuple[str, MoEConfig]]:
                 activation_format=form,  # type: ignore[arg-type]
                 activation_scale="token",
                 swiglu_limit=2.0,
+                batch_invariant=invariant,
             ),
         )
 

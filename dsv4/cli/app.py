@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from dsv4 import __version__
 from dsv4.cli._output import print_json
 from dsv4.cli.bench import bench
+from dsv4.cli.compile import compile_kernels
 from dsv4.cli.doctor import doctor
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
@@ -72,6 +73,7 @@ app.command()(doctor)
 app.command()(bench)
 app.command()(inspect)
 app.command()(verify)
+app.command("compile")(compile_kernels)
 
 
 def _print_version(wanted: bool) -> None:

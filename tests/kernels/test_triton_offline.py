@@ -138,3 +138,10 @@ def test_the_proof_reaches_every_line(table):
     means = [tokens * proof._TOP_K / proof._EXPERTS for tokens in proof._TOKENS]
     lines = {next(i for i, line in enumerate(table) if mean <= line.rows_per_expert) for mean in means}
     assert lines == set(range(len(table)))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 48, 384, 4096])
+def test_one_kind_of_instruction_where_bits_are_promised(tokens):
+    """With batch_invariant=True all calls, small and large, use ``mma``: it adds along K in one order."""
+    found = gemms(tokens, batch_invariant=True, **VARIANTS["w4a16"])
+    assert [gemm.arguments["WGMMA"] for gemm in found] == [False, False]
