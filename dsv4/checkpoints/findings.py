@@ -254,9 +254,12 @@ def _block_shares(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
         tolerated = SATURATED_PER_MATRIX * len(matrix.global_scales)
         return matrix.saturated_blocks if matrix.saturated_blocks > tolerated else 0
 
+    def subnormal(matrix: MatrixStatistics) -> int:
+        return 0 if matrix.all_powers_of_two else matrix.subnormal_blocks
+
     rules = (
         ("saturated-blocks", saturated, "have the largest scale, 448: their values were probably cut off"),
-        ("subnormal-blocks", lambda m: m.subnormal_blocks, "have a subnormal scale (below 2^-6): precision is lost"),
+        ("subnormal-blocks", subnormal, "have a subnormal scale (below 2^-6): precision is lost"),
         ("zero-blocks", lambda m: m.zero_blocks, "have scale 0, so that all their values are 0: pruned, or underflow"),
     )
     for kind, count, meaning in rules:

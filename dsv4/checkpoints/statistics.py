@@ -31,6 +31,7 @@ BLOCK_SCALE_SUFFIX = "weight_scale"
 _ZERO_SCALES = [0x00, 0x80]
 _SUBNORMAL_SCALES = slice(0x01, 0x08)
 _LARGEST_SCALE = 0x7E  # 448
+_POWERS_OF_TWO = {*_ZERO_SCALES, 0x01, 0x02, 0x04, *range(0x08, 0x7F, 8)}
 
 
 @dataclass
@@ -70,6 +71,11 @@ class MatrixStatistics:
     def saturated_blocks(self) -> int:
         """Blocks whose scale is 448, the largest there is."""
         return int(self.scale_bytes[_LARGEST_SCALE])
+
+    @property
+    def all_powers_of_two(self) -> bool:
+        """Every block scale is a power of two or 0, as after a cast from MXFP4: even a subnormal one is then exact."""
+        return not any(count for byte, count in enumerate(self.scale_bytes.tolist()) if byte not in _POWERS_OF_TWO)
 
     def scale_range(self) -> tuple[float, float] | None:
         """Smallest and largest block scale that is not 0, None without any."""

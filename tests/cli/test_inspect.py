@@ -242,6 +242,19 @@ def test_shared_input_scales_are_legitimate(tmp_path):
     assert document(tmp_path)["findings"] == []
 
 
+def test_powers_of_two_are_exact(tmp_path):
+    """Subnormal block scales are no finding where all scales are powers of two, as a cast from MXFP4 leaves them."""
+    tensors = clean()
+    powers = torch.tensor([0x01, 0x02, 0x04, *range(0x08, 0x7F, 8)], dtype=torch.uint8)
+    for name in [n for n in tensors if n.endswith("weight_scale")]:
+        sf = powers[torch.arange(tensors[name].numel()) % len(powers)].view(tensors[name].shape)
+        tensors[name] = sf.view(torch.float8_e4m3fn)
+    make.write(tmp_path, tensors, CONFIG)
+    found = document(tmp_path)
+    assert found["findings"] == []
+    assert found["layers"][0]["projections"]["gate"]["subnormal_blocks"] > 0
+
+
 def test_many_problems(tmp_path):
     """Twenty problems are printed and the rest counted; the document has them all, each with its layer."""
     tensors = {name: tensor for layer in range(7) for name, tensor in make.layer_tensors(layer).items()}
