@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +13,15 @@ import oracle
 import pytest
 import torch
 from checkpoints import make
+from clean_checkpoint import CONFIG, Tensors, clean
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dsv4.checkpoints import Checkpoint, TensorSource
+from dsv4.checkpoints import Checkpoint
 from dsv4.cli.app import app
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-deepseek-v4" / "nvfp4"
-CONFIG = {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
-Tensors = dict[str, Tensor]
-
-
-def clean() -> Tensors:
-    """Two layers that nothing is wrong with: normal block scales, gate and up alike, sane inputs."""
-    tensors = make.layer_tensors(0) | make.layer_tensors(1)
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        layer, expert = int(name.split(".")[2]), int(name.split(".")[5])
-        if name.endswith("weight_scale"):
-            sf = torch.randint(0x28, 0x70, tensor.shape, generator=generator, dtype=torch.uint8)
-            tensors[name] = sf.view(torch.float8_e4m3fn)
-        elif name.endswith("weight_scale_2"):
-            tensors[name] = torch.tensor(1e-3 * (1 + expert))
-        elif name.endswith("input_scale"):
-            tensors[name] = torch.tensor(1e-2 * (1 + expert) + 1e-3 * layer)
-    return tensors
 
 
 def inspect(*arguments: str | Path):
@@ -414,61 +395,3 @@ def test_no_checkpoint(tmp_path):
     result = inspect(tmp_path, "--json")
     assert result.exit_code == 1
     assert "no .safetensors file" in json.loads(result.stdout)["error"]
-
-
-# A terabyte.
-
-SIZES = {"U8": 1, "F8_E4M3": 1, "F32": 4}
-HIDDEN, INTER, EXPERTS, LAYERS = 7168, 3072, 384, 71
-
-
-def sparse_checkpoint(folder: Path) -> int:
-    """V4-Pro's shapes, a shard for each layer, in files that are holes but for their headers: returns the bytes."""
-    total = 0
-    for layer in range(LAYERS):
-        header, offset = {}, 0
-        for expert in range(EXPERTS):
-            for name, rows, columns in (("w1", INTER, HIDDEN), ("w3", INTER, HIDDEN), ("w2", HIDDEN, INTER)):
-                for suffix, dtype, shape in (
-                    ("weight", "U8", [rows, columns // 2]),
-                    ("weight_scale", "F8_E4M3", [rows, columns // 16]),
-                    ("weight_scale_2", "F32", []),
-                ):
-                    end = offset + math.prod(shape) * SIZES[dtype]
-                    key = f"model.layers.{layer}.ffn.experts.{expert}.{name}.{suffix}"
-                    header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-                    offset = end
-        text = json.dumps(header).encode()
-        with open(folder / f"layer-{layer:02d}.safetensors", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
-        total += 8 + len(text) + offset
-    return total
-
-
-def bytes_read() -> int:
-    """What this process has read so far through system calls."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"])
-
-
-@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="counts reads through /proc/self/io")
-def test_a_terabyte_in_seconds(tmp_path, monkeypatch):
-    """--headers-only reads no tensor: 1 TB takes seconds, and reads little more than the headers."""
-    total = sparse_checkpoint(tmp_path)
-    assert total > 1e12
-    headers = sum(int.from_bytes(file.open("rb").read(8), "little") for file in tmp_path.iterdir())
-
-    def refuse(self, name):
-        raise AssertionError(f"{name} was read")
-
-    monkeypatch.setattr(TensorSource, "read", refuse)
-    monkeypatch.setattr(TensorSource, "slice", refuse)
-    before, start = bytes_read(), time.monotonic()
-    found = document(tmp_path, "--headers-only")
-    assert time.monotonic() - start < 30  # reading it would take minutes on any disk
-    assert bytes_read() - before < 2 * headers + 2**20
-    assert found["bytes"] == total
-    assert len(found["layers"]) == LAYERS
-    assert all(layer["unreadable_experts"] == [] for layer in found["layers"])
-    assert kinds(found) == {("warning", "missing-input-scales"), ("note", "no-config")}
