@@ -32,6 +32,8 @@ INPUT_RATIO_LIMIT = 100.0
 WEIGHT_LIMIT = 1000.0
 """Weights of trained models are far below; a reciprocal global scale gives values far above."""
 
+_ACTIVATIONS_KEY = "moe_activations"  # of ``quantization_config``: what ``dsv4 convert`` writes beside the experts
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -56,7 +58,7 @@ def findings(checkpoint: Checkpoint, layers: Sequence[LayerStatistics]) -> list[
         *_unreadable(layers),
         *_missing_layers(checkpoint),
         *_configuration(checkpoint, layers),
-        *_missing_input_scales(layers),
+        *_missing_input_scales(checkpoint, layers),
         *_unusable_input_scales(layers),
         *_placeholder_input_scales(layers),
         *_large_input_scales(layers),
@@ -108,7 +110,7 @@ def _configuration(checkpoint: Checkpoint, layers: Sequence[LayerStatistics]) ->
         )
 
 
-def _missing_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
+def _missing_input_scales(checkpoint: Checkpoint, layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
     without = {
         layer.layer: sorted({expert for scales in layer.input_scales.values() for expert in scales.missing})
         for layer in layers
@@ -122,7 +124,11 @@ def _missing_input_scales(layers: Sequence[LayerStatistics]) -> Iterator[Finding
     where = tuple(layer for layer, experts in without.items() if experts)
     remedy = "W4A4 with static scales is not possible; W4A16 and scales per token are"
     if not there:
-        if any(layer.scaled for layer in layers):
+        section = checkpoint.config.get("quantization_config")
+        chosen = section.get(_ACTIVATIONS_KEY) if isinstance(section, dict) else None
+        if chosen in ("weight-only", "dynamic"):
+            yield Finding("note", "no-input-scales", f"no expert has input scales, by choice ({chosen!r}): {remedy}")
+        elif any(layer.scaled for layer in layers):
             yield Finding("warning", "missing-input-scales", f"no expert has input scales: {remedy}", where)
         else:
             yield Finding("note", "no-input-scales", f"this format has no input scales: {remedy}")
@@ -317,17 +323,14 @@ def _large_weights(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
 
 
 def _recoded(layers: Sequence[LayerStatistics]) -> Iterator[Finding]:
-    total: object | None = None
-    for layer in layers:
-        total = sum_reports(total, layer.recoded)
-    requantized = getattr(total, "requantized", 0)
-    if requantized:
+    total = sum_reports(layer.recoded for layer in layers)
+    if total is not None and total.requantized:
         yield Finding(
             "warning",
             "requantized-blocks",
-            f"{requantized} of {getattr(total, 'blocks', 0)} MXFP4 blocks have no exact NVFP4 form under one global "
-            f"scale and are rounded",
-            tuple(layer.layer for layer in layers if getattr(layer.recoded, "requantized", 0)),
+            f"{total.requantized} of {total.blocks} MXFP4 blocks have no exact NVFP4 form beside the rest of "
+            "their tensor, and are rounded",
+            tuple(layer.layer for layer in layers if layer.recoded is not None and layer.recoded.requantized),
         )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dsv4.checkpoints.base import ExpertWeights
+from dsv4.checkpoints.base import ExpertWeights, RecodeReport
 from dsv4.checkpoints.checkpoint import Checkpoint
 from dsv4.checkpoints.index import ExpertLocation
 from dsv4.checkpoints.naming import PROJECTIONS
@@ -142,7 +142,7 @@ class LayerStatistics:
         input_scales: projection -> its activation scales.
         matrices: projection -> counts.
         gate_up_ratios: expert -> larger over smaller global scale of gate and up, where these differ.
-        recoded: the readers' reports of a cast from MXFP4, summed; None without any.
+        recoded: the sum of the experts' reports of a cast from MXFP4; None where none has one.
     """
 
     layer: int
@@ -155,7 +155,7 @@ class LayerStatistics:
         default_factory=lambda: {name: MatrixStatistics() for name in PROJECTIONS}
     )
     gate_up_ratios: dict[int, float] = field(default_factory=dict)
-    recoded: object | None = None
+    recoded: RecodeReport | None = None
 
     @property
     def nbytes(self) -> int:
@@ -229,15 +229,13 @@ def _add_values(result: LayerStatistics, expert: int, weights: ExpertWeights) ->
     gate, up = float(weights.gate.gs), float(weights.up.gs)
     if gate != up:
         result.gate_up_ratios[expert] = max(gate, up) / min(gate, up)
-    result.recoded = sum_reports(result.recoded, getattr(weights, "recoded", None))
+    result.recoded = sum_reports((result.recoded, weights.recoded))
 
 
-def sum_reports(first: object | None, second: object | None) -> object | None:
-    """Two reports of a cast from MXFP4, either of which may be missing."""
-    if first is None or second is None:
-        return first if second is None else second
-    total: object = first + second  # type: ignore[operator]
-    return total
+def sum_reports(reports: Iterable[RecodeReport | None]) -> RecodeReport | None:
+    """The sum of those that there are, None of none."""
+    present = [report for report in reports if report is not None]
+    return sum(present, RecodeReport()) if present else None
 
 
 def _byte_counts(x: Tensor) -> Tensor:

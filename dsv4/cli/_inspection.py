@@ -68,9 +68,7 @@ def inspect_checkpoint(
     stated = checkpoint.quantization
     others = checkpoint.other_tensors()
     expert_dtypes: Counter[str] = sum((layer.dtypes for layer in statistics), Counter())
-    recoded: object | None = None
-    for layer in statistics:
-        recoded = sum_reports(recoded, layer.recoded)
+    recoded = sum_reports(layer.recoded for layer in statistics)
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format.name,
@@ -93,7 +91,7 @@ def inspect_checkpoint(
             "count": len(others),
             "bytes_by_dtype": dict(bytes_by_dtype(checkpoint.source[name] for name in others)),
         },
-        "recoded": asdict(recoded) if recoded is not None else None,  # type: ignore[call-overload]
+        "recoded": asdict(recoded) if recoded is not None else None,
         "layers": [_layer(layer, headers_only) for layer in statistics],
         "findings": [asdict(finding) for finding in findings(checkpoint, statistics)],
     }

@@ -31,7 +31,6 @@ from dsv4.checkpoints.base import LayerWeights
 from dsv4.checkpoints.checkpoint import Checkpoint
 from dsv4.checkpoints.naming import PROJECTIONS
 from dsv4.checkpoints.stacking import stack_experts
-from dsv4.checkpoints.statistics import sum_reports
 from dsv4.cli._layer import random_topk_ids
 from dsv4.cli._machine import cpu_model, versions
 from dsv4.cli._modes import MODES, Mode
@@ -162,9 +161,6 @@ def verify_layer(checkpoint: Checkpoint, layer: int, plan: Plan) -> list[dict[st
         for weights in experts.values()
         for name in PROJECTIONS
     )
-    recoded: object | None = None
-    for read in experts.values():
-        recoded = sum_reports(recoded, getattr(read, "recoded", None))
     weights = stack_experts(
         layer,
         ids,
@@ -176,8 +172,8 @@ def verify_layer(checkpoint: Checkpoint, layer: int, plan: Plan) -> list[dict[st
     results = []
     for name in plan.modes:
         entry: dict[str, Any] = {"layer": layer, "mode": name, "experts": ids}
-        if recoded is not None:
-            entry["recoded"] = asdict(recoded)  # type: ignore[call-overload]
+        if weights.recoded is not None:
+            entry["recoded"] = asdict(weights.recoded)
         if MODES[name].activation_format == "nvfp4" and MODES[name].activation_scale == "static" and not usable:
             results.append(entry | {"skipped": "not every expert has a usable input scale"})
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dsv4.checkpoints import Checkpoint
+from dsv4.checkpoints.base import RecodeReport
 from dsv4.cli.app import app
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-deepseek-v4" / "nvfp4"
@@ -249,17 +250,6 @@ def test_many_problems(tmp_path):
     assert "and 1 more" in text
 
 
-@dataclass(frozen=True)
-class Report:
-    """Stands for a reader's report of a cast."""
-
-    blocks: int
-    requantized: int
-
-    def __add__(self, other: Report) -> Report:
-        return Report(self.blocks + other.blocks, self.requantized + other.requantized)
-
-
 @pytest.mark.parametrize("requantized", [0, 3])
 def test_casts_are_summed(tmp_path, monkeypatch, requantized):
     """Readers' reports of a cast are added over all experts; blocks that were rounded are a warning."""
@@ -267,16 +257,34 @@ def test_casts_are_summed(tmp_path, monkeypatch, requantized):
     original = Checkpoint.read_expert
 
     def read(self, layer, expert, device="cpu"):
-        weights = original(self, layer, expert, device)
-        object.__setattr__(weights, "recoded", Report(100, requantized if expert == 1 else 0))
-        return weights
+        report = RecodeReport(100, 90, 7, requantized if expert == 1 else 0)
+        return replace(original(self, layer, expert, device), recoded=report)
 
     monkeypatch.setattr(Checkpoint, "read_expert", read)
     found = document(tmp_path)
-    assert found["recoded"] == {"blocks": 800, "requantized": 2 * requantized}
+    assert found["recoded"] == {"blocks": 800, "exact": 720, "shifted": 56, "requantized": 2 * requantized}
     assert kinds(found) == ({("warning", "requantized-blocks")} if requantized else set())
     if requantized:
         assert "6 of 800" in found["findings"][0]["message"]
+
+
+def test_floating_point_experts():
+    """A format without input scales has a note and no warning; what is counted is what it is quantized to."""
+    found = document(MODEL.parent / "bf16")
+    assert kinds(found) == {("note", "no-input-scales")}
+    packed = document(MODEL)
+    for ours, theirs in zip(found["layers"], packed["layers"], strict=True):
+        assert ours["projections"] == theirs["projections"]
+
+
+@pytest.mark.parametrize("chosen", ["weight-only", "dynamic"])
+def test_no_input_scales_by_choice(tmp_path, chosen):
+    """What the configuration says is missing on purpose is a note."""
+    tensors = clean()
+    everywhere("input_scale", None)(tensors)
+    make.write(tmp_path, tensors, CONFIG | {"quantization_config": {"moe_activations": chosen}})
+    for arguments in ((), ("--headers-only",)):
+        assert kinds(document(tmp_path, *arguments)) == {("note", "no-input-scales")}
 
 
 # Numbers.
