@@ -98,7 +98,7 @@ class Checkpoint:
         return sorted(name for name in self.source if name not in self._index.names)
 
     def location(self, layer: int, expert: int) -> ExpertLocation:
-        """Which tensors are one expert's. Reads nothing.
+        """Where the tensors of one expert are.
 
         Raises:
             CheckpointError: there is no such layer or expert.
