@@ -62,7 +62,7 @@ def test_a_terabyte_in_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorSource, "slice", refuse)
     before, start = bytes_read(), time.monotonic()
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--headers-only", "--json"])
-    assert time.monotonic() - start < 30  # reading it would take minutes on any disk
+    assert time.monotonic() - start < 60  # reading it would take minutes on any disk
     assert bytes_read() - before < 2 * headers + 2**20
     found = json.loads(result.stdout)
     assert found["bytes"] == total
