@@ -100,6 +100,14 @@ class Checkpoint:
         """The names of all tensors that are not a routed expert's, sorted: attention, shared experts, head, ..."""
         return sorted(name for name in self.source if name not in self._index.names)
 
+    def location(self, layer: int, expert: int) -> ExpertLocation:
+        """Where the tensors of one expert are.
+
+        Raises:
+            CheckpointError: there is no such layer or expert.
+        """
+        return self._index.location(layer, expert)
+
     def read_expert(self, layer: int, expert: int, device: str | torch.device = "cpu") -> ExpertWeights:
         """Read and check one expert: for conversion, or to replace one expert of a layer.
 
