@@ -69,7 +69,7 @@ def test_the_corpus_at_the_command_line(tmp_path, command):
     """
     out = tmp_path / "out"
     examined = 0
-    for seed in range(1000, 1060):
+    for seed in range(1000, 1030):
         path = tmp_path / "model"
         write(hostile(seed).folder, path, tmp_path / "outside")
         bad = refused(path)
@@ -81,7 +81,7 @@ def test_the_corpus_at_the_command_line(tmp_path, command):
         assert set(os.listdir(tmp_path)) <= {"model", "out"}
         shutil.rmtree(path)
         shutil.rmtree(out, ignore_errors=True)
-    assert examined > 30
+    assert examined > 15
 
 
 def copied(tmp_path: Path, file: str, content) -> Path:
