@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from dsv4 import __version__
 from dsv4.cli._output import print_json
 from dsv4.cli.bench import bench
+from dsv4.cli.convert import convert
 from dsv4.cli.doctor import doctor
 from dsv4.cli.generate import generate
 from dsv4.errors import Dsv4Error
@@ -68,6 +69,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(doctor)
 app.command()(bench)
+app.command()(convert)
 
 
 def _print_version(wanted: bool) -> None:
