@@ -41,6 +41,31 @@ class InputScale:
 
 
 @dataclass(frozen=True)
+class RecodeReport:
+    """What a cast from MXFP4 to NVFP4 did to the blocks of 32 values; reports add up.
+
+    Attributes:
+        blocks: all blocks.
+        exact: kept their codes; only the scale is written in another way.
+        shifted: keep their values, with other codes and another exponent.
+        requantized: have a value that NVFP4 could not hold beside the rest of the tensor, and was rounded.
+    """
+
+    blocks: int = 0
+    exact: int = 0
+    shifted: int = 0
+    requantized: int = 0
+
+    def __add__(self, other: RecodeReport) -> RecodeReport:
+        return RecodeReport(
+            self.blocks + other.blocks,
+            self.exact + other.exact,
+            self.shifted + other.shifted,
+            self.requantized + other.requantized,
+        )
+
+
+@dataclass(frozen=True)
 class ExpertShape:
     """The dimensions of an expert: gate and up are ``[intermediate_size, hidden_size]``, down is the transpose."""
 
@@ -59,12 +84,14 @@ class ExpertWeights:
         gate, up: ``[I, H]`` with a 0-d global scale each.
         down: ``[H, I]`` with a 0-d global scale.
         input_scales: one :class:`InputScale` per projection; empty where the format has none.
+        recoded: what the cast to NVFP4 did; None where the format is NVFP4 already, or floating point.
     """
 
     gate: Nvfp4Tensor
     up: Nvfp4Tensor
     down: Nvfp4Tensor
     input_scales: Mapping[str, InputScale] = field(default_factory=dict)
+    recoded: RecodeReport | None = None
 
     def __post_init__(self) -> None:
         gate, up, down = (tuple(self.projection(name).shape) for name in PROJECTIONS)
@@ -117,6 +144,7 @@ class LayerWeights:
             "static")`` with input scales, else what the policy chose: ``("bf16", "static")`` for weight-only (the scale
             mode then has no effect), ``("nvfp4", "token")`` otherwise.
         notes: what a user should hear about this layer, one sentence each; empty most of the time.
+        recoded: the sum of the experts' reports; None where no expert has one.
     """
 
     layer: int
@@ -132,6 +160,7 @@ class LayerWeights:
     activation_format: str = "nvfp4"
     activation_scale: str = "token"
     notes: tuple[str, ...] = ()
+    recoded: RecodeReport | None = None
 
     @property
     def num_experts(self) -> int:

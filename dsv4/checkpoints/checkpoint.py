@@ -11,18 +11,23 @@ from typing import Any, cast
 import torch
 
 from dsv4.checkpoints.base import ExpertFormat, ExpertShape, ExpertWeights, LayerWeights, MissingScalePolicy
+from dsv4.checkpoints.compressed_tensors import CompressedTensorsNvfp4
+from dsv4.checkpoints.dense_format import DenseExperts
 from dsv4.checkpoints.files import locate, read_json
+from dsv4.checkpoints.hub import resolve
 from dsv4.checkpoints.index import ExpertIndex, ExpertLocation
 from dsv4.checkpoints.modelopt import ModelOptNvfp4
+from dsv4.checkpoints.mxfp4 import Mxfp4
 from dsv4.checkpoints.progress import progress_bar
 from dsv4.checkpoints.quantization import QuantizationInfo, read_quantization
 from dsv4.checkpoints.source import TensorSource
 from dsv4.checkpoints.stacking import stack_experts
-from dsv4.errors import CheckpointError, InputError
+from dsv4.errors import CheckpointError, ConfigError, InputError
 
 _log = logging.getLogger(__name__)
 
-FORMATS: tuple[ExpertFormat, ...] = (ModelOptNvfp4(),)
+# MXFP4 first: ModelOpt's takes any uint8 weight for its own, so that a missing scale is named.
+FORMATS: tuple[ExpertFormat, ...] = (Mxfp4(), CompressedTensorsNvfp4(), ModelOptNvfp4(), DenseExperts())
 """The formats that are tried, in this order. A new format is one file and its line here."""
 
 # Every model family has its own word for the same number; the first that is there counts.
@@ -30,16 +35,25 @@ _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint at ``path``: a ``.safetensors`` file, or a folder of them with or without an index.
+def open_checkpoint(path: str | Path, *, revision: str | None = None, four_over_six: bool = False) -> Checkpoint:
+    """Open the checkpoint at ``path``: a ``.safetensors`` file, a folder of them, or a Hugging Face id.
 
     Headers and JSON files are read and checked; no weights yet.
 
+    Args:
+        path: what to open. An id (``owner/name``, where no such path exists) is downloaded into the Hugging Face
+            cache, or found there.
+        revision: branch, tag or commit of an id.
+        four_over_six: for floating-point experts, which are quantized while they are read: choose each block's scale
+            between two (see :mod:`dsv4.nvfp4`).
+
     Raises:
         CheckpointError: no checkpoint there, no routed experts in it, an unknown format, missing experts, shards
-            missing or outside the folder, a tensor in two files, or a configuration that contradicts the tensors.
+            missing or outside the folder, a tensor in two files, or a configuration that contradicts the tensors; an
+            id that cannot be had.
+        ConfigError: an option that does not apply to what is opened.
     """
-    return Checkpoint(Path(path))
+    return Checkpoint(resolve(path, revision), four_over_six=four_over_six)
 
 
 class Checkpoint:
@@ -58,7 +72,7 @@ class Checkpoint:
         swiglu_limit: the clamp before SwiGLU, None where the configuration has none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, four_over_six: bool = False) -> None:
         files = locate(path)
         self.path = path
         self.folder = files.folder
@@ -68,7 +82,7 @@ class Checkpoint:
         self._index = ExpertIndex(self.source, files.folder)
         self.num_experts = self._index.check_complete(self._positive_int(_NUM_EXPERTS_KEYS))
         first = self._index.location(self.moe_layers[0], 0)
-        self.format = self._detect(first)
+        self.format = self._detect(first, four_over_six)
         self.shape: ExpertShape = self.format.shape(self.source, first)
         self._check_config_shape(first)
         self.top_k = self._positive_int(_TOP_K_KEYS)
@@ -202,10 +216,15 @@ class Checkpoint:
             )
         return ids
 
-    def _detect(self, location: ExpertLocation) -> ExpertFormat:
+    def _detect(self, location: ExpertLocation, four_over_six: bool) -> ExpertFormat:
         for candidate in FORMATS:
             if candidate.detect(self.source, location, self.config):
-                return candidate
+                if four_over_six and not isinstance(candidate, DenseExperts):
+                    raise ConfigError(
+                        f"{self.path}: four_over_six is for floating-point experts, which are quantized while they "
+                        f"are read; found {candidate.name}"
+                    )
+                return DenseExperts(four_over_six=True) if four_over_six else candidate
         found = {name: self.source[name].dtype for name in location.tensors.values()}
         raise CheckpointError(
             f"{self.folder}: {location} is in no format that can be read; expected one of "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from dsv4 import weights
+from dsv4.checkpoints.base import ExpertShape
 from dsv4.checkpoints.index import ExpertLocation
 from dsv4.checkpoints.source import TensorInfo, TensorSource
 from dsv4.errors import CheckpointError, InputError
@@ -22,6 +24,52 @@ def require(source: TensorSource, location: ExpertLocation, projection: str, suf
             f"found {sorted(location.tensors.values())}"
         )
     return source[name]
+
+
+def check_suffixes(source: TensorSource, location: ExpertLocation, known: Collection[str]) -> None:
+    """Refuse tensors that the format does not know: what they stand for (a bias, a rotation) changes the result."""
+    for (_, suffix), name in location.tensors.items():
+        if suffix not in known:
+            raise CheckpointError(f"{source[name]}: not part of this format; expected only {list(known)}")
+
+
+def matrix_size(info: TensorInfo, block: int, *, packed: bool = False) -> tuple[int, int]:
+    """(out, in) of a matrix stored as ``[out, in]``, or ``[out, in/2]`` if packed; ``in`` comes in whole blocks."""
+    shape, factor = info.shape, 2 if packed else 1
+    if len(shape) != 2 or 0 in shape or shape[1] * factor % block:
+        columns = "in/2" if packed else "in"
+        raise CheckpointError(
+            f"{info}: expected shape [out, {columns}] with in a positive multiple of {block}, found {list(shape)}"
+        )
+    return shape[0], shape[1] * factor
+
+
+def check_matrices(
+    source: TensorSource, location: ExpertLocation, weight: str, sizes: Mapping[str, tuple[int, int]]
+) -> ExpertShape:
+    """Require up to have gate's size and down its transpose.
+
+    Args:
+        source: the checkpoint's tensors.
+        location: the expert.
+        weight: the suffix of the tensor that is at fault otherwise.
+        sizes: projection -> (out, in).
+    """
+    inter, hidden = sizes["gate"]
+    for projection, expected in (("up", (inter, hidden)), ("down", (hidden, inter))):
+        if sizes[projection] != expected:
+            info = require(source, location, projection, weight)
+            raise CheckpointError(
+                f"{info}: expected a matrix of {list(expected)} ({location}: gate is {inter} x {hidden}), found "
+                f"{list(sizes[projection])} (stored as {list(info.shape)})"
+            )
+    return ExpertShape(hidden, inter)
+
+
+def check_dtype_in(info: TensorInfo, expected: Collection[str]) -> None:
+    """:func:`check_dtype` where a format has several."""
+    if info.dtype not in expected:
+        raise CheckpointError(f"{info}: expected one of the dtypes {list(expected)}, found {info.dtype}")
 
 
 def check_dtype(info: TensorInfo, expected: str) -> None:

@@ -21,19 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.checkpoints.base import ExpertShape, ExpertWeights, InputScale
-from dsv4.checkpoints.checks import check_block_scales, check_dtype, check_shape, require, scalar, scale_problem
+from dsv4.checkpoints.base import ExpertShape, ExpertWeights
 from dsv4.checkpoints.index import ExpertLocation
 from dsv4.checkpoints.naming import DEEPSEEK_V4, PROJECTIONS, NameFamily
-from dsv4.checkpoints.source import TensorInfo, TensorSource
-from dsv4.errors import CheckpointError
-from dsv4.nvfp4 import BLOCK, Nvfp4Tensor
+from dsv4.checkpoints.nvfp4_layout import Nvfp4Layout
+from dsv4.checkpoints.source import TensorSource
+from dsv4.nvfp4 import BLOCK
 
 WEIGHT = "weight"
 BLOCK_SCALE = "weight_scale"
 GLOBAL_SCALE = "weight_scale_2"
 INPUT_SCALE = "input_scale"
-_SUFFIXES = (WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE)
+LAYOUT = Nvfp4Layout(WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE)
 
 
 class ModelOptNvfp4:
@@ -51,23 +50,10 @@ class ModelOptNvfp4:
         )
 
     def shape(self, source: TensorSource, location: ExpertLocation) -> ExpertShape:
-        for (_, suffix), name in location.tensors.items():
-            if suffix not in _SUFFIXES:
-                # Not ignored: what it stands for (a bias, a pre-quantization scale) would change the result.
-                raise CheckpointError(f"{source[name]}: not part of this format; expected only {list(_SUFFIXES)}")
-        gate_shape = _matrix_shape(source, location, "gate")
-        inter, hidden = gate_shape
-        for projection, expected in (("up", (inter, hidden)), ("down", (hidden, inter))):
-            info = require(source, location, projection, WEIGHT)
-            check_shape(info, (expected[0], expected[1] // 2), f"{location}: gate is {inter} x {hidden}")
-            _matrix_shape(source, location, projection)
-        return ExpertShape(hidden, inter)
+        return LAYOUT.shape(source, location)
 
     def read_expert(self, source: TensorSource, location: ExpertLocation, device: torch.device) -> ExpertWeights:
-        self.shape(source, location)
-        gate, up, down = (_read_matrix(source, location, projection) for projection in PROJECTIONS)
-        scales = {projection: _read_input_scale(source, location, projection) for projection in PROJECTIONS}
-        return ExpertWeights(gate, up, down, scales)
+        return LAYOUT.read_expert(source, location)
 
 
 def expert_tensors(
@@ -109,43 +95,3 @@ def quantization_config(ignore: tuple[str, ...] = ()) -> dict[str, Any]:
         "group_size": BLOCK,
         "ignore": list(ignore),
     }
-
-
-def _matrix_shape(source: TensorSource, location: ExpertLocation, projection: str) -> tuple[int, int]:
-    """(out, in) of a projection, from headers that agree with each other."""
-    weight = require(source, location, projection, WEIGHT)
-    check_dtype(weight, "U8")
-    if len(weight.shape) != 2 or 0 in weight.shape or weight.shape[1] % (BLOCK // 2):
-        raise CheckpointError(
-            f"{weight}: expected shape [out, in/2] with in a positive multiple of {BLOCK}, found {list(weight.shape)}"
-        )
-    rows, columns = weight.shape[0], weight.shape[1] * 2
-    block_scale = require(source, location, projection, BLOCK_SCALE)
-    check_dtype(block_scale, "F8_E4M3")
-    check_shape(block_scale, (rows, columns // BLOCK), f"one scale for {BLOCK} of {rows} x {columns}")
-    require(source, location, projection, GLOBAL_SCALE)
-    return rows, columns
-
-
-def _read_matrix(source: TensorSource, location: ExpertLocation, projection: str) -> Nvfp4Tensor:
-    block_scale = require(source, location, projection, BLOCK_SCALE)
-    sf = source.read(block_scale.name)
-    check_block_scales(block_scale, sf)
-    global_scale = require(source, location, projection, GLOBAL_SCALE)
-    value = scalar(source, global_scale)
-    problem = scale_problem(global_scale, value)
-    if problem:
-        raise CheckpointError(problem)
-    codes = source.read(require(source, location, projection, WEIGHT).name)
-    return Nvfp4Tensor(codes, sf, torch.tensor(value, dtype=torch.float32))
-
-
-def _read_input_scale(source: TensorSource, location: ExpertLocation, projection: str) -> InputScale:
-    name = location.tensors.get((projection, INPUT_SCALE))
-    if name is None:
-        expected = location.expected_name(projection, INPUT_SCALE)
-        weight: TensorInfo = require(source, location, projection, WEIGHT)
-        return InputScale(problem=f"{weight.file}: tensor {expected!r} is missing")
-    value = scalar(source, source[name])
-    problem = scale_problem(source[name], value)
-    return InputScale(problem=problem) if problem else InputScale(value)

@@ -2,8 +2,8 @@
 
 Releases state it in several places: DeepSeek-V4 in NVFP4 keeps ``quant_method: "fp8"`` for the rest of the model and
 adds ``moe_quant_algo: "NVFP4"``; ModelOpt's exports have ``quant_algo``, with ``"MIXED_PRECISION"`` and
-``quantized_layers`` where modules differ. The tensors themselves are the authority on the format; what is taken from
-here is the group size, which must be NVFP4's 16.
+``quantized_layers`` where modules differ; compressed-tensors has a ``format``, of its own or of each of its groups. The
+tensors themselves are the authority on the format; what is taken from here is the group size, which must be NVFP4's 16.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ACTIVATIONS_KEY = "moe_activations"
 not, whether they are W4A16 (``"weight-only"``) or quantize activations with a scale a token (``"dynamic"``)."""
 _ACTIVATIONS = ("static", "weight-only", "dynamic")
 _NVFP4 = "NVFP4"
+_COMPRESSED_TENSORS = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def _expert_algorithm(section: Mapping[str, Any]) -> str:
     for module, entry in _entries(section, "quantized_layers"):
         if module.endswith("experts") or ".experts." in module:
             return str(entry.get("quant_algo") or "")
-    return str(section.get("quant_algo") or "")
+    if section.get("quant_algo"):
+        return str(section["quant_algo"])
+    return _NVFP4 if any(_packed_groups(section)) else ""
 
 
 def _nvfp4_group_sizes(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -98,11 +101,19 @@ def _nvfp4_group_sizes(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for module, entry in _entries(section, "quantized_layers"):
         if entry.get("quant_algo") == _NVFP4 and entry.get("group_size") is not None:
             yield f"quantized_layers[{module!r}].group_size", entry["group_size"]
-    if section.get("quant_algo") == _NVFP4:
-        for group, entry in _entries(section, "config_groups"):
+    modelopt = _entries(section, "config_groups") if section.get("quant_algo") == _NVFP4 else ()
+    for groups in (modelopt, _packed_groups(section)):
+        for group, entry in groups:
             weights = entry.get("weights")
             if isinstance(weights, dict) and weights.get("group_size") is not None:
                 yield f"config_groups[{group!r}].weights.group_size", weights["group_size"]
+
+
+def _packed_groups(section: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config groups of compressed-tensors that are NVFP4."""
+    for group, entry in _entries(section, "config_groups"):
+        if (entry.get("format") or section.get("format")) == _COMPRESSED_TENSORS:
+            yield group, entry
 
 
 def _entries(section: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dsv4.checkpoints.base import ExpertShape, ExpertWeights, LayerWeights, MissingScalePolicy
+from dsv4.checkpoints.base import ExpertShape, ExpertWeights, LayerWeights, MissingScalePolicy, RecodeReport
 from dsv4.checkpoints.naming import PROJECTIONS
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.nvfp4 import BLOCK
@@ -57,6 +57,7 @@ def stack_experts(
     l1_gs = torch.empty(count, 2, dtype=torch.float32, device=device)
     l2_gs = torch.empty(count, dtype=torch.float32, device=device)
     scales = _InputScales(layer, on_missing_input_scale)
+    recoded: RecodeReport | None = None
     for row, expert in enumerate(experts):
         weights = read(expert)
         if weights.shape != shape:
@@ -70,8 +71,15 @@ def stack_experts(
         l2_sf[row].copy_(weights.down.sf)
         l2_gs[row].copy_(weights.down.gs)
         scales.add(expert, weights)
+        if weights.recoded is not None:
+            recoded = weights.recoded + (recoded or RecodeReport())
         advance()
     l1_input, l2_input, notes = scales.result(device)
+    if recoded is not None and recoded.requantized:
+        notes += (
+            f"{recoded.requantized} of {recoded.blocks} MXFP4 blocks do not fit NVFP4 beside the rest of their tensor; "
+            f"their values were rounded",
+        )
     static = l1_input is not None and l2_input is not None
     activation_format, activation_scale = ("nvfp4", "static") if static else _ADVICE[on_missing_input_scale]
     return LayerWeights(
@@ -88,6 +96,7 @@ def stack_experts(
         activation_format,
         activation_scale,
         notes,
+        recoded,
     )
 
 

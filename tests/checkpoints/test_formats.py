@@ -41,7 +41,7 @@ def fused_tensors(experts: int = 3) -> dict[str, torch.Tensor]:
 
 def test_a_fused_format_is_one_class(tmp_path, monkeypatch):
     """With its line in FORMATS, experts that are rows of one tensor load like any others, each from its own row."""
-    monkeypatch.setattr(checkpoint, "FORMATS", (*checkpoint.FORMATS, FusedFormat()))
+    monkeypatch.setattr(checkpoint, "FORMATS", (FusedFormat(), *checkpoint.FORMATS))
     tensors = fused_tensors()
     with open_checkpoint(make.write(tmp_path, tensors)) as opened:
         assert (opened.format.name, opened.moe_layers, opened.num_experts) == ("fused", (2,), 3)
