@@ -41,6 +41,9 @@ def convert(
             "with a scale a token (dynamic). Default: static where the source has them."
         ),
     ] = None,
+    four_over_six: Annotated[
+        bool, typer.Option("--four-over-six", help="Of bf16, fp16 or fp32: choose each block's scale between two.")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Processes, each with a shard at a time (default: one a core).")
     ] = None,
@@ -63,6 +66,7 @@ def convert(
             target,
             activations=activations.value if activations is not None else None,
             calibration=calibration(source, calibrate, calibration_tokens, device) if calibrate is not None else None,
+            four_over_six=four_over_six,
             jobs=jobs or os.cpu_count() or 1,
             check=check,
             progress=progress,

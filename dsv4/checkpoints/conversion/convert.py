@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def convert(
     *,
     activations: Activations | None = None,
     calibration: Calibration | None = None,
+    four_over_six: bool = False,
     jobs: int = 1,
     check: bool = False,
     progress: Progress | None = None,
@@ -106,6 +108,7 @@ def convert(
         activations: None keeps the source's input scales, or what it records instead. ``"weight-only"`` and
             ``"dynamic"`` drop them.
         calibration: where input scales come from, instead of the source.
+        four_over_six: of a floating-point source: quantize with 4-over-6 block scales (see :mod:`dsv4.nvfp4`).
         jobs: processes. The result does not depend on it.
         check: afterwards, read the target again and compare it with the source.
         progress: told of progress.
@@ -118,8 +121,11 @@ def convert(
     """
     started = time.perf_counter()
     target = Path(target)
-    with open_checkpoint(source) as checkpoint:
-        conversion = _Conversion(checkpoint, target, choose_activations(checkpoint, activations, calibration))
+    with open_checkpoint(source, four_over_six=four_over_six) as checkpoint:
+        # By its path on this disk: an id would be looked up again, and might have moved on.
+        path = checkpoint.path if checkpoint.path.is_file() else checkpoint.folder
+        reopen = partial(open_checkpoint, path, four_over_six=four_over_six)
+        conversion = _Conversion(checkpoint, reopen, target, choose_activations(checkpoint, activations, calibration))
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
         with locked(target):
@@ -153,9 +159,12 @@ def convert(
 class _Conversion:
     """One conversion; see :func:`convert`."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Path, activations: Activations) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, reopen: partial[Checkpoint], target: Path, activations: Activations
+    ) -> None:
         _check_apart(checkpoint.folder, target)
         self.checkpoint = checkpoint
+        self._reopen = reopen
         self.target = target
         self.activations = activations
         headers = {file: read_header(file) for file in sorted({info.file for info in checkpoint.source.values()})}
@@ -176,6 +185,7 @@ class _Conversion:
         settings = {
             "dsv4": __version__,
             "activations": self.activations,
+            "four_over_six": self._reopen.keywords["four_over_six"],
             "calibration": calibration.identity if calibration is not None else None,
         }
         with_times, without_times = self._fingerprints
@@ -236,7 +246,7 @@ class _Conversion:
                 progress(verb, done, total)
 
         advance(0)
-        run_shards(self.checkpoint, plans, work, jobs, advance=advance, finished=finished)
+        run_shards(self.checkpoint, self._reopen, plans, work, jobs, advance=advance, finished=finished)
 
     def _is_complete(self, record: Mapping[str, Any]) -> bool:
         """Whether this conversion is finished.

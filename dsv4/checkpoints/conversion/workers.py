@@ -8,12 +8,11 @@ import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from dsv4.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dsv4.checkpoints.checkpoint import Checkpoint
 from dsv4.checkpoints.conversion.plan import ShardPlan
 from dsv4.checkpoints.conversion.shards import Advance
 from dsv4.errors import CheckpointError, Dsv4Error, StateError
@@ -27,6 +26,7 @@ class Work(Protocol):
 
 def run_shards(
     checkpoint: Checkpoint,
+    reopen: Callable[[], Checkpoint],
     plans: Sequence[ShardPlan],
     work: Work,
     jobs: int,
@@ -37,7 +37,8 @@ def run_shards(
     """Do ``work`` on every shard.
 
     Args:
-        checkpoint: the source; other processes open it again by its path.
+        checkpoint: the source.
+        reopen: opens it again in another process.
         plans: the shards.
         work: what to do.
         jobs: processes; with 1, or a single shard, it is done in this one.
@@ -54,7 +55,6 @@ def run_shards(
         return
     # Started afresh: a fork would take torch's threads for granted, which it does not copy.
     context = multiprocessing.get_context("spawn")
-    source = checkpoint.path if checkpoint.path.is_file() else checkpoint.folder
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = sorted(plans, key=lambda plan: -plan.size)  # the largest first, so that none is alone at the end
     running: dict[Connection, tuple[ShardPlan, BaseProcess]] = {}
@@ -62,7 +62,7 @@ def run_shards(
     try:
         for _ in range(jobs):
             ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=_serve, args=(theirs, source, work, threads), daemon=True)
+            process: BaseProcess = context.Process(target=_serve, args=(theirs, reopen, work, threads), daemon=True)
             process.start()
             theirs.close()
             started.append(process)
@@ -102,7 +102,7 @@ def _hand_over(connection: Connection, plan: ShardPlan) -> ShardPlan:
     return plan
 
 
-def _serve(connection: Connection, source: Path, work: Work, threads: int) -> None:
+def _serve(connection: Connection, reopen: Callable[[], Checkpoint], work: Work, threads: int) -> None:
     """A worker: takes plans until there are no more, or until the process that sends them is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process stops the others
     torch.set_num_threads(threads)
@@ -111,7 +111,7 @@ def _serve(connection: Connection, source: Path, work: Work, threads: int) -> No
         connection.send(("progress", nbytes))  # raises where nobody is left to read it, which ends this process
 
     try:
-        with open_checkpoint(source) as checkpoint:
+        with reopen() as checkpoint:
             while True:
                 plan = connection.recv()
                 connection.send(("done", work(checkpoint, plan, advance)))
