@@ -9,8 +9,8 @@ Per projection of an expert, with ``out x in`` the matrix:
 ``input_global_scale``   float32 ``[1]``                the activation's global scale, likewise; may be absent
 =======================  =============================  ==============================================================
 
-The library decodes ``e2m1 * (sf / divisor)``, this one ``e2m1 * sf * (1 / divisor)``, as vLLM does: the same number within
-the rounding of one fp32 operation, the same bits where the divisor is a power of two.
+The library decodes ``e2m1 * (sf / divisor)``, this one ``e2m1 * sf * (1 / divisor)``, as vLLM does: the same number
+within the rounding of one fp32 operation, the same bits where the divisor is a power of two.
 
 Source: ``compressed_tensors.compressors.nvfp4`` and its ``QuantizationConfig``.
 """
