@@ -31,13 +31,14 @@ def calibration(source: str, text: Path, tokens: int, device: str | None) -> Cal
         raise InputError(f"{text}: expected a text file in UTF-8 ({error})") from error
 
     def run() -> Mapping[int, LayerScales]:
+        from dsv4.cli._output import quiet_transformers
+
+        quiet_transformers()
         from dsv4.cli._evaluate import WINDOW, read_windows
         from dsv4.cli._generation import load_model, load_tokenizer
         from dsv4.cli._machine import torch_device
-        from dsv4.cli._output import quiet_transformers
         from dsv4.integrations.transformers import calibrate
 
-        quiet_transformers()
         folder = Path(source)
         windows = read_windows(load_tokenizer(folder), content, WINDOW, max(1, tokens // WINDOW))
         if not len(windows):
