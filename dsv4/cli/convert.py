@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ def convert(
         bool, typer.Option("--four-over-six", help="Of bf16, fp16 or fp32: choose each block's scale between two.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes, each with a shard at a time (default: one a core).")
+        int | None, typer.Option(min=1, help="Processes, a shard at a time each (default: by cores and size).")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Read the result again, compare it with the source.")] = False,
     device: Annotated[
@@ -67,7 +66,7 @@ def convert(
             activations=activations.value if activations is not None else None,
             calibration=calibration(source, calibrate, calibration_tokens, device) if calibrate is not None else None,
             four_over_six=four_over_six,
-            jobs=jobs or os.cpu_count() or 1,
+            jobs=jobs,
             check=check,
             progress=progress,
         )

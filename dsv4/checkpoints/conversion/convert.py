@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ from dsv4.checkpoints.quantization import HF_QUANT_CONFIG
 from dsv4.errors import CheckpointError, ConfigError
 
 _CHUNK = 4 << 20
+_BYTES_A_PROCESS = 1 << 30
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on (``"convert"`` or ``"check"``), bytes done and bytes in all."""
@@ -91,7 +93,7 @@ def convert(
     activations: Activations | None = None,
     calibration: Calibration | None = None,
     four_over_six: bool = False,
-    jobs: int = 1,
+    jobs: int | None = None,
     check: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -109,7 +111,8 @@ def convert(
             ``"dynamic"`` drop them.
         calibration: where input scales come from, instead of the source.
         four_over_six: of a floating-point source: quantize with 4-over-6 block scales (see :mod:`dsv4.nvfp4`).
-        jobs: processes. The result does not depend on it.
+        jobs: processes; None takes one a core, and no more than one for each GiB that is to be written: starting one
+            takes seconds. The result does not depend on it.
         check: afterwards, read the target again and compare it with the source.
         progress: told of progress.
 
@@ -177,7 +180,9 @@ class _Conversion:
         self._scales: Mapping[int, LayerScales] | None = None
         self.counts: dict[str, int] = {}
 
-    def write(self, calibration: Calibration | None, jobs: int, progress: Progress | None) -> tuple[int, int, bool]:
+    def write(
+        self, calibration: Calibration | None, jobs: int | None, progress: Progress | None
+    ) -> tuple[int, int, bool]:
         """Write what is not there yet: (shards there before, bytes written, whether all was there before)."""
         for path in leftovers(self.target):
             with writing(path):
@@ -216,7 +221,7 @@ class _Conversion:
             journal.path.unlink()
         return len(self.plans) - len(missing), sum(plan.size for plan in missing), False
 
-    def check(self, calibration: Calibration | None, jobs: int, progress: Progress | None) -> None:
+    def check(self, calibration: Calibration | None, jobs: int | None, progress: Progress | None) -> None:
         """Compare everything that was written with the source."""
         for name, file in self.others.items():
             if not (self.target / name).is_file() or (self.target / name).read_bytes() != file.read_bytes():
@@ -231,7 +236,7 @@ class _Conversion:
         self,
         plans: Sequence[ShardPlan],
         work: Any,
-        jobs: int,
+        jobs: int | None,
         progress: Progress | None,
         verb: str,
         finished: Callable[[ShardPlan, dict[str, int]], None],
@@ -246,6 +251,8 @@ class _Conversion:
                 progress(verb, done, total)
 
         advance(0)
+        if jobs is None:
+            jobs = min(os.cpu_count() or 1, 1 + sum(plan.size for plan in plans) // _BYTES_A_PROCESS)
         run_shards(self.checkpoint, self._reopen, plans, work, jobs, advance=advance, finished=finished)
 
     def _is_complete(self, record: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -209,10 +210,14 @@ def _read_all(handle: int, file: Path, offset: int, nbytes: int) -> bytes:
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Claim the disk space before the work is done; systems that cannot say so when they write."""
-    if hasattr(os, "posix_fallocate"):
+    """Claim the disk space before the work is done, where the file system can."""
+    try:
         os.posix_fallocate(handle, 0, size)
-    else:
+    except AttributeError:  # a system without the call
+        os.ftruncate(handle, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
         os.ftruncate(handle, size)
 
 
