@@ -400,6 +400,21 @@ def test_links_out_of_the_source_are_not_followed(tmp_path):
     assert not (tmp_path / "target" / "notes.txt").exists()
 
 
+def test_a_snapshot_of_the_hugging_face_cache(tmp_path):
+    """A cached snapshot is links to its repository's blobs: they are followed, and files, not links, come out."""
+    source = write_source(tmp_path / "plain", "dense", shards=2)
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    for number, (name, data) in enumerate(folder_bytes(source).items()):
+        (blobs / str(number)).write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blobs / str(number), (snapshot / name).parent))
+    run(snapshot, tmp_path / "target", check=True)
+    run(source, tmp_path / "expected")
+    assert not [path for path in (tmp_path / "target").rglob("*") if path.is_symlink()]
+    assert folder_bytes(tmp_path / "target") == folder_bytes(tmp_path / "expected")
+
+
 def test_other_modules_in_another_packing_are_refused(tmp_path):
     """Other modules in a packing that cannot stand beside ModelOpt's experts: named, and nothing is written."""
     source = write_source(tmp_path / "source", "compressed-tensors", shards=1)
