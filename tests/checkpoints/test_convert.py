@@ -345,8 +345,24 @@ def test_foreign_folders_are_left_alone(tmp_path):
     assert folder_bytes(tmp_path) == before
 
 
+@pytest.mark.parametrize("other", ["activations", "source"])
+def test_an_unfinished_conversion_is_only_continued_as_it_began(other, tmp_path, monkeypatch):
+    """With another source or other settings an unfinished target is refused, and stays as it is."""
+    source = write_source(tmp_path / "source", "modelopt", shards=2)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(os, "pwrite", _failing_after(40))
+        convert(source, tmp_path / "target")
+    before = folder_bytes(tmp_path / "target")
+    if other == "source":
+        shard = next(source.glob("*.safetensors"))
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    with pytest.raises(CheckpointError, match=f"unfinished conversion.*differing: {other}"):
+        convert(source, tmp_path / "target", activations="dynamic" if other == "activations" else None)
+    assert folder_bytes(tmp_path / "target") == before
+
+
 def test_another_conversion_is_not_continued(tmp_path):
-    """A finished or unfinished target is only taken up with the same source and settings; else it stays as it is."""
+    """A finished target is only accepted for the same source and settings; else it is refused, and stays as it is."""
     source = write_source(tmp_path / "source", "modelopt")
     convert(source, tmp_path / "target")
     before = folder_bytes(tmp_path / "target")
