@@ -32,7 +32,7 @@ E8M0_NAN = 255
 
 _SF_MIN, _SF_MAX = -9, 8  # the powers of two that e4m3 has: 2^-9 (subnormal) to 2^8
 _GS_MIN = -126  # fp32's smallest normal power of two
-_NO_LIMIT = 1 << 10  # beyond every exponent
+_NO_LIMIT = 255  # beyond every distance between exponents
 
 # How far the exponent of a block with this e2m1 magnitude (code 0-7) can go down (its codes go up) or up.
 _UP = (_NO_LIMIT, 3, 2, 2, 1, 1, 0, 0)  #   0.5 * 2^3 = 4; 1, 1.5: two steps; 2, 3: one; 4, 6: none
@@ -115,54 +115,67 @@ class _Blocks:
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self._codes = codes
-        self._k = scale.to(torch.int32).sub_(E8M0_BIAS).repeat_interleave(MX_BLOCK // BLOCK, dim=-1)
+        self._scale = scale
         # 16 codes are 8 bytes: one integer, zero when all magnitudes are.
         self._nonzero = (codes & 0x77).view(torch.int64) != 0
+        self._block_nonzero = self._nonzero[..., 0::2] | self._nonzero[..., 1::2]
+        low, high = torch.where(self._block_nonzero, scale, E8M0_NAN).amin(), (scale * self._block_nonzero).amax()
+        self._lowest, self._highest = int(low) - E8M0_BIAS, int(high) - E8M0_BIAS
 
     def exponents(self, recode: bool) -> _Exponents | None:
         """What the non-zero blocks ask for: with their codes as they are, or with any that have the same values."""
-        k = self._k[self._nonzero]
-        if not k.numel():
+        if self._lowest > self._highest:
             return None
-        lowest, highest = int(k.min()), int(k.max())
         if not recode:
-            return _Exponents(lowest, highest, highest - _SF_MAX, lowest - _SF_MIN)
-        up, down = self._room()
-        needed = int((k - up[self._nonzero]).max()) - _SF_MAX
-        allowed = int((k + down[self._nonzero]).min()) - _SF_MIN
-        return _Exponents(lowest, highest, needed, allowed)
+            return _Exponents(self._lowest, self._highest, self._highest - _SF_MAX, self._lowest - _SF_MIN)
+        k, (up, down) = self._exponent, self._room
+        needed = int((k - up)[self._nonzero].max()) - _SF_MAX
+        allowed = int((k + down)[self._nonzero].min()) - _SF_MIN
+        return _Exponents(self._lowest, self._highest, needed, allowed)
 
     def cast(self, m: int) -> tuple[Nvfp4Tensor, RecodeReport]:
         """The matrix under ``gs = 2^m``."""
         gs = torch.tensor(2.0**m, dtype=torch.float32, device=self._codes.device)
-        wanted = self._k - m
+        # The block scale of each e8m0 byte, 0 where e4m3 has no such power of two: a zero half of a block keeps the
+        # block's scale where there is one, a zero block has none.
+        powers = [2.0**p if _SF_MIN <= p <= _SF_MAX else 0.0 for p in (byte - E8M0_BIAS - m for byte in range(256))]
+        table = torch.tensor(powers, device=self._codes.device).to(torch.float8_e4m3fn).view(torch.uint8)
+        sf = (table[self._scale.int()] * self._block_nonzero).repeat_interleave(2, dim=-1)
+        inside = self._lowest > self._highest or (self._lowest - m >= _SF_MIN and self._highest - m <= _SF_MAX)
+        if inside:
+            blocks = self._scale.numel()
+            return Nvfp4Tensor(self._codes, sf.view(torch.float8_e4m3fn), gs), RecodeReport(blocks, blocks)
+        wanted = self._exponent - m
         exponent = wanted.clamp(_SF_MIN, _SF_MAX)
         moved = (exponent != wanted) & self._nonzero
-        # A zero half of a block keeps the block's scale where there is such a scale; a zero block has none.
-        kept = self._nonzero.unflatten(-1, (-1, 2)).any(dim=-1).repeat_interleave(2, dim=-1) & (exponent == wanted)
-        powers = wanted.new_tensor([2.0**p for p in range(_SF_MIN, _SF_MAX + 1)], dtype=torch.float32)
-        sf = torch.where(kept | moved, powers[exponent - _SF_MIN], 0.0).to(torch.float8_e4m3fn)
-        codes = self._codes
-        lost = torch.zeros_like(moved)
-        if bool(moved.any()):
-            _, down = self._room()
-            lost = moved & (exponent > wanted + down)
-            codes = self._shifted(moved, wanted - exponent)
-        return Nvfp4Tensor(codes, sf, gs), _report(moved, lost)
+        # The clamp is for zero blocks: an exponent that was moved stays between those of the tensor.
+        sf = torch.where(moved, table[(exponent + m + E8M0_BIAS).clamp(0, 255)], sf)
+        lost = moved & (exponent > wanted + self._room[1])
+        codes = self._shifted(moved, wanted - exponent)
+        return Nvfp4Tensor(codes, sf.view(torch.float8_e4m3fn), gs), _report(moved, lost)
 
+    @functools.cached_property
+    def _exponent(self) -> Tensor:
+        """k of each block of 16, int32 ``[N, K/16]``."""
+        return (self._scale.to(torch.int32) - E8M0_BIAS).repeat_interleave(MX_BLOCK // BLOCK, dim=-1)
+
+    @functools.cached_property
     def _room(self) -> tuple[Tensor, Tensor]:
         """How far each block's exponent can go down and up, int32 ``[N, K/16]``; :data:`_NO_LIMIT` for zeros."""
-        magnitudes = (unpack_nibbles(self._codes) & 7).int().unflatten(-1, (-1, BLOCK))
-        up, down = (magnitudes.new_tensor(table)[magnitudes].amin(dim=-1) for table in (_UP, _DOWN))
+        pairs = self._codes.int().unflatten(-1, (-1, BLOCK // 2))
+        # By byte, that is, by two codes at a time.
+        by_byte = ([min(room[byte & 7], room[byte >> 4 & 7]) for byte in range(256)] for room in (_UP, _DOWN))
+        up, down = (self._codes.new_tensor(table)[pairs].amin(dim=-1).int() for table in by_byte)
         return up, down
 
     def _shifted(self, moved: Tensor, shift: Tensor) -> Tensor:
         """The codes with those of the ``moved`` blocks multiplied by ``2^shift`` and rounded, where they must be."""
         factors = shift.new_tensor([2.0**s for s in range(_SHIFT_MIN, _SHIFT_MAX + 1)], dtype=torch.float32)
+        values = decode_e2m1(unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=shift.device).unsqueeze(-1)))
+        shifted = pack_nibbles(encode_e2m1(factors[:, None, None] * values)).squeeze(-1)  # [shift, byte]
         packed = self._codes.unflatten(-1, (-1, BLOCK // 2)).clone()
-        values = decode_e2m1(unpack_nibbles(packed[moved]))
-        factor = factors[shift[moved].clamp(_SHIFT_MIN, _SHIFT_MAX) - _SHIFT_MIN].unsqueeze(-1)
-        packed[moved] = pack_nibbles(encode_e2m1(values * factor))
+        row = (shift[moved].clamp(_SHIFT_MIN, _SHIFT_MAX) - _SHIFT_MIN).unsqueeze(-1)
+        packed[moved] = shifted[row, packed[moved].int()]
         return packed.flatten(-2)
 
 

@@ -59,12 +59,15 @@ def convert(
     from dsv4.checkpoints import conversion
     from dsv4.cli._calibration import calibration
 
+    observed = None
+    if calibrate is not None:
+        observed = calibration(calibrate, calibration_tokens, device, four_over_six=four_over_six)
     with _progress(sys.stderr.isatty() and not json) as progress:
         report = conversion.convert(
             source,
             target,
             activations=activations.value if activations is not None else None,
-            calibration=calibration(source, calibrate, calibration_tokens, device) if calibrate is not None else None,
+            calibration=observed,
             four_over_six=four_over_six,
             jobs=jobs,
             check=check,

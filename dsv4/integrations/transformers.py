@@ -104,6 +104,7 @@ def from_pretrained(
     activation_format: ActivationFormat = "nvfp4",
     activation_scale: ActivationScale = "static",
     on_missing_input_scale: MissingScalePolicy = "error",
+    four_over_six: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     max_num_tokens: int = 8192,
@@ -112,17 +113,19 @@ def from_pretrained(
     moe_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a model whose routed experts are NVFP4 in the checkpoint. No floating-point experts exist at any time.
+    """Load a model with its routed experts in NVFP4: one expert is read, and cast if need be, at a time.
 
     Everything else is loaded by Transformers, through its own renaming and, where the rest of the model is stored in
     FP8, its own FP8 quantizer (which needs accelerate).
 
     Args:
-        path: the folder of the checkpoint, with ``config.json``.
+        path: the folder of the checkpoint, with ``config.json``, or a Hugging Face id; experts in any of
+            :data:`dsv4.checkpoints.FORMATS`.
         activation_format: ``"nvfp4"`` (W4A4) or ``"bf16"`` (W4A16).
         activation_scale: of W4A4; ``"static"`` uses the checkpoint's input scales.
         on_missing_input_scale: with static scales, what to do for a layer that lacks them: see
             :meth:`dsv4.checkpoints.Checkpoint.load_layer`.
+        four_over_six: for floating-point experts, which are quantized while they are read.
         device: where the model goes; None leaves the placement to Transformers (``device_map=...`` in ``kwargs``, the
             CPU without it). Experts go where their layer's router is.
         dtype: of everything but the experts; ``"auto"`` takes the configuration's.
@@ -136,7 +139,7 @@ def from_pretrained(
         ConfigError: a model whose experts cannot be converted, or settings that are not allowed.
     """
     static = activation_format == "nvfp4" and activation_scale == "static"
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, four_over_six=four_over_six) as checkpoint:
         model, found = load_without_experts(checkpoint, model_class, dtype, kwargs)
         if device is not None:
             cast(nn.Module, model).to(device)

@@ -128,6 +128,21 @@ def test_gate_and_up_share_a_scale_where_nothing_is_lost_by_it(gate, up):
         assert np.array_equal(decoded[kept], oracle.halves(values)[kept])
 
 
+def test_every_pair_of_values_at_every_distance():
+    """A block of one magnitude and one of another, at distances around the limit: lossless exactly where brute force
+    finds a way, for each room that a magnitude has to move up or down."""
+    for large in range(1, 8):
+        for small in range(1, 8):
+            for distance in range(15, 26):
+                codes = np.concatenate((np.full((1, 32), large), np.full((1, 32), small + 8)), axis=1)
+                scale = np.array([[100 + distance, 100]], dtype=np.uint8)
+                values = oracle.decode(codes, scale)
+                (result,), report = cast((codes, scale))
+                lossless = bool(oracle.lossless_scales(values))
+                assert (report.requantized == 0) == lossless, (large, small, distance)
+                assert np.array_equal(result.dequantize(torch.float64).numpy(), values) == lossless
+
+
 def test_one_block_of_each_kind():
     """A worked example: largest exponent 20, hence gs = 2^12 and block scales from 2^3 to 2^20. Fours under 2^1 become
     ones under 2^3; 0.5 under 2^0 has no code under 2^3."""
@@ -192,6 +207,22 @@ def test_reading(tmp_path, dtypes):
         assert weights.recoded == RecodeReport(192, 192, 0, 0)
         for projection, part in parts.items():
             assert np.array_equal(bits(weights.projection(projection).dequantize()), bits(values_of(part)))
+
+
+@pytest.mark.parametrize("exponents", [(110, 127), (90, 127)])
+def test_device_does_not_matter(tmp_path, device, exponents):
+    """Where the cast is computed changes no byte, with blocks kept, moved and rounded."""
+    with open_checkpoint(checkpoint(tmp_path, expert(5, exponents))) as opened:
+        there, here = opened.read_expert(0, 0, device), opened.read_expert(0, 0)
+    assert there.recoded == here.recoded
+    assert (here.recoded.requantized > 0) == (exponents[0] < 110)
+    for projection, part in expert(5, exponents).items():
+        ours, again = there.projection(projection), here.projection(projection)
+        assert ours.codes.device == device
+        assert torch.equal(ours.codes.cpu(), again.codes)
+        assert torch.equal(ours.sf.cpu().view(torch.uint8), again.sf.view(torch.uint8))
+        assert ours.gs.cpu() == again.gs
+        assert ours.shape == values_of(part).shape
 
 
 def test_rounded_blocks_are_reported(tmp_path):

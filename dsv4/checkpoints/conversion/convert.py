@@ -200,7 +200,7 @@ class _Conversion:
             if self._is_complete(record):
                 return len(self.plans), 0, True
             self._check_space(self.plans)
-            scales = _to_json(calibration.run()) if calibration is not None else None
+            scales = _to_json(calibration.run(self.checkpoint.folder)) if calibration is not None else None
             journal = Journal.create(self.target, {**settings, "source": with_times}, scales)
         self._scales = _from_json(journal.scales)
         missing = [plan for plan in self.plans if not (plan.name in journal.finished and self._has(plan))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, cast
 
 from dsv4.checkpoints.base import ExpertWeights, InputScale
@@ -25,11 +26,11 @@ class Calibration:
 
     Attributes:
         identity: what the result depends on (a digest of the text, ...); a conversion is only continued with the same.
-        run: observes them: layer -> scales. Called once for a conversion, however often it is interrupted after that.
+        run: observes them in the checkpoint at a path: layer -> scales. Called once for a conversion, however often it is interrupted after that.
     """
 
     identity: str
-    run: Callable[[], Mapping[int, LayerScales]]
+    run: Callable[[Path], Mapping[int, LayerScales]]
 
 
 def choose_activations(
