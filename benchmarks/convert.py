@@ -227,6 +227,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
         "versions": versions(),
         "results": [],
     }

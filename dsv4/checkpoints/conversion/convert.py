@@ -184,9 +184,7 @@ class _Conversion:
         self, calibration: Calibration | None, jobs: int | None, progress: Progress | None
     ) -> tuple[int, int, bool]:
         """Write what is not there yet: (shards there before, bytes written, whether all was there before)."""
-        for path in leftovers(self.target):
-            with writing(path):
-                path.unlink(missing_ok=True)
+        self._remove_leftovers()
         settings = {
             "dsv4": __version__,
             "activations": self.activations,
@@ -210,7 +208,10 @@ class _Conversion:
             journal.finish(plan.name, counts)
 
         work = WriteShard(self.target, self.activations, self._scales)
-        self._run(missing, work, jobs, progress, "convert", finished)
+        try:
+            self._run(missing, work, jobs, progress, "convert", finished)
+        finally:
+            self._remove_leftovers()  # of processes that were stopped
         self.counts = _sum(journal.finished[plan.name] for plan in self.plans)
         for name, file in self.others.items():
             _copy(file, self.target / name)
@@ -285,6 +286,11 @@ class _Conversion:
             )
         self.counts = counts
         return True
+
+    def _remove_leftovers(self) -> None:
+        for path in leftovers(self.target):
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def _has(self, plan: ShardPlan) -> bool:
         file = self.target / plan.name

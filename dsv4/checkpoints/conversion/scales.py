@@ -26,7 +26,8 @@ class Calibration:
 
     Attributes:
         identity: what the result depends on (a digest of the text, ...); a conversion is only continued with the same.
-        run: observes them in the checkpoint at a path: layer -> scales. Called once for a conversion, however often it is interrupted after that.
+        run: observes them in the checkpoint at a path: layer -> scales. Called once for a conversion, however often it
+            is interrupted after that.
     """
 
     identity: str
