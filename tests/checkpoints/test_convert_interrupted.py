@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dsv4.checkpoints.conversion import convert
+from dsv4.errors import StateError
 
 from .convert_sources import folder_bytes, write_source
 
@@ -79,6 +81,26 @@ def test_killed_with_worker_processes(whole_group, tmp_path):
     assert not _group_lives(running.pid)
     assert running.returncode == -signal.SIGKILL
     subprocess.run([*command, "--jobs", "2"], env=environment(), check=True, capture_output=True, timeout=120)
+    assert folder_bytes(target) == folder_bytes(tmp_path / "expected")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(tmp_path):
+    """One worker process is killed: one sentence that says so, the others are stopped, and the next run goes on."""
+    source = write_source(tmp_path / "source", "dense", shards=6)
+    convert(source, tmp_path / "expected", activations="dynamic")
+    target = tmp_path / "target"
+
+    def kill_one(verb: str, done: int, total: int) -> None:
+        for child in multiprocessing.active_children()[:1]:
+            if done > total // 3 and child.pid is not None:
+                os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(StateError, match=r"exit code -9.*what is finished is kept"):
+        convert(source, target, activations="dynamic", jobs=2, progress=kill_one)
+    assert multiprocessing.active_children() == []
+    assert not list(target.glob(".*partial*"))
+    assert convert(source, target, activations="dynamic").resumed_shards >= 1
     assert folder_bytes(target) == folder_bytes(tmp_path / "expected")
 
 

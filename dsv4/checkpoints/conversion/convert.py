@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -225,7 +226,7 @@ class _Conversion:
     def check(self, calibration: Calibration | None, jobs: int | None, progress: Progress | None) -> None:
         """Compare everything that was written with the source."""
         for name, file in self.others.items():
-            if not (self.target / name).is_file() or (self.target / name).read_bytes() != file.read_bytes():
+            if not _same(file, self.target / name):
                 raise CheckpointError(f"{self.target / name}: differs from {file}")
         for name, expected in (("config.json", self._config), (INDEX_NAME, target_index(self.checkpoint, self.plans))):
             if expected is not None and (self.target / name).read_bytes() != _dumps(expected):
@@ -366,9 +367,13 @@ def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ..
     return others, tuple(left_out)
 
 
+def _same(source: Path, target: Path) -> bool:
+    return target.is_file() and filecmp.cmp(source, target, shallow=False)
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy a file, all of it or nothing."""
-    if target.is_file() and target.read_bytes() == source.read_bytes():
+    if _same(source, target):
         return
     with replacing(target) as handle, source.open("rb") as stream:
         offset = 0

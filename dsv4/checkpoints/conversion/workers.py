@@ -66,19 +66,15 @@ def run_shards(
             process.start()
             theirs.close()
             started.append(process)
-            running[ours] = (_hand_over(ours, waiting.pop(0)), process)
+            running[ours] = (_hand_over(ours, waiting.pop(0), process), process)
         while running:
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
                 plan, worker = running[ready]
                 try:
                     kind, value = ready.recv()
-                except EOFError:
-                    worker.join()
-                    raise StateError(
-                        f"a worker process ended while it converted {plan.name} (exit code {worker.exitcode}; -9 is "
-                        f"often a lack of memory); what is finished is kept: repeat the command, with fewer --jobs"
-                    ) from None
+                except (EOFError, ConnectionResetError):
+                    raise _ended(worker, plan) from None
                 if kind == "progress":
                     advance(value)
                 elif kind == "error":
@@ -87,7 +83,7 @@ def run_shards(
                     del running[ready]
                     finished(plan, value)
                     if waiting:
-                        running[ready] = (_hand_over(ready, waiting.pop(0)), worker)
+                        running[ready] = (_hand_over(ready, waiting.pop(0), worker), worker)
                     else:
                         ready.close()
     finally:
@@ -97,9 +93,20 @@ def run_shards(
             process.join()
 
 
-def _hand_over(connection: Connection, plan: ShardPlan) -> ShardPlan:
-    connection.send(plan)
+def _hand_over(connection: Connection, plan: ShardPlan, worker: BaseProcess) -> ShardPlan:
+    try:
+        connection.send(plan)
+    except (BrokenPipeError, ConnectionResetError):
+        raise _ended(worker, plan) from None
     return plan
+
+
+def _ended(worker: BaseProcess, plan: ShardPlan) -> StateError:
+    worker.join()
+    return StateError(
+        f"a worker process ended while it had {plan.name} (exit code {worker.exitcode}; -9 is often a lack of memory); "
+        f"what is finished is kept: repeat the command, with fewer --jobs"
+    )
 
 
 def _serve(connection: Connection, reopen: Callable[[], Checkpoint], work: Work, threads: int) -> None:
