@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kills", "kind", "seed"),
     [
-        (10, "dense", 0),
+        (6, "dense", 0),
         pytest.param(60, "dense", 1, marks=pytest.mark.slow),
         pytest.param(40, "modelopt", 2, marks=pytest.mark.slow),
     ],
