@@ -140,7 +140,8 @@ def measure_row(
     us, replays = harness.interleaved({name: one.graph for name, one in graphs.items()}, count)
     out = torch.empty_like(calls[0].hidden_states)
     tables = {
-        mode: stages.table(stages.kernel_us(layer, calls[:4], out), shape, tokens) for mode, layer in layers.items()
+        mode: stages.table(stages.kernel_us(layer, calls[:4], out), shape, tokens, mode)
+        for mode, layer in layers.items()
     }
     return {
         "tokens": tokens,

@@ -15,25 +15,28 @@ _FP32_SLOTS = 4096
 """Calls of up to this many slots have fp32 rows out of GEMM 2, larger ones bf16 (the portable backend's choice)."""
 
 
-def _rows_moved(shape: LayerShape, tokens: int) -> int:
-    """W4A4: every token and every intermediate row, bf16, is read and written, with one fp32 scale."""
-    slots = tokens * shape.top_k
-    return tokens * (4 * shape.hidden_size + 4) + slots * (4 * shape.intermediate_size + 4)
+def _rows_moved(shape: LayerShape, tokens: int, mode: str) -> int:
+    """W4A4: every token, bf16, is read and written, with one fp32 scale; and so is every intermediate row, unless its
+    scale is static and GEMM 1 has quantized it."""
+    moved = tokens * (4 * shape.hidden_size + 4)
+    if mode != "w4a4-static":
+        moved += tokens * shape.top_k * (4 * shape.intermediate_size + 4)
+    return moved
 
 
-def _combine_moved(shape: LayerShape, tokens: int) -> int:
+def _combine_moved(shape: LayerShape, tokens: int, mode: str) -> int:
     """Slot rows, local ids (int32) and weights (fp32) are read, bf16 tokens written."""
     slots = tokens * shape.top_k
     value = 4 if slots <= _FP32_SLOTS else 2
     return slots * (shape.hidden_size * value + 8) + tokens * shape.hidden_size * 2
 
 
-def _routing_moved(shape: LayerShape, tokens: int) -> int:
+def _routing_moved(shape: LayerShape, tokens: int, mode: str) -> int:
     """Ids (int64) are read; local ids and the slot of each row (int32) are written. Padding is not counted."""
     return tokens * shape.top_k * (8 + 4 + 4)
 
 
-MOVED: dict[str, Callable[[LayerShape, int], int]] = {
+MOVED: dict[str, Callable[[LayerShape, int, str], int]] = {
     "_stage_rows": _rows_moved,
     "_combine": _combine_moved,
     "_place": _routing_moved,
@@ -41,14 +44,16 @@ MOVED: dict[str, Callable[[LayerShape, int], int]] = {
 """Kernel -> bytes that its launches in one layer must move, by formula. Kernels not named here have a time alone."""
 
 
-def table(kernels: Mapping[str, float], shape: LayerShape, tokens: int) -> dict[str, dict[str, float | None]]:
-    """Microseconds of one layer by kernel -> the same with GB/s, products left out, slowest first."""
+def table(
+    kernels: Mapping[str, float], shape: LayerShape, tokens: int, mode: str
+) -> dict[str, dict[str, float | None]]:
+    """Microseconds of one layer in ``mode`` by kernel -> the same with GB/s, products left out, slowest first."""
     rows: dict[str, dict[str, float | None]] = {}
     for name, us in sorted(kernels.items(), key=lambda item: -item[1]):
         if "gemm" in name.lower():
             continue
         moved = MOVED.get(name)
-        rate = round(moved(shape, tokens) / us / 1e3, 1) if moved and us else None
+        rate = round(moved(shape, tokens, mode) / us / 1e3, 1) if moved and us else None
         rows[name] = {"us": round(us, 2), "gb_per_s": rate}
     return rows
 

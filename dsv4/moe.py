@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from dsv4.backends import Call, InputScales, Packed, Verdict, choose, explain_all
+from dsv4.backends.base import OUT_DTYPES
 from dsv4.checks import check_tensor, dtype_names, stack_experts
 from dsv4.config import ActivationFormat, ActivationScale, L1ScalePolicy, MoEConfig, RouteWeight
-from dsv4.errors import ConfigError, InputError, StateError
+from dsv4.errors import BackendError, ConfigError, InputError, StateError
 from dsv4.nvfp4 import Nvfp4Tensor, global_scale
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
 from dsv4.ops.routing import checked_expert_map
 from dsv4.weights import MoEWeights, per_expert_scales
-from dsv4.workspace import Workspace, default_workspace
+from dsv4.workspace import Workspace, default_workspace, on_device
 
 _log = logging.getLogger("dsv4")
-
-_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Nvfp4MoE:
@@ -160,6 +159,7 @@ class Nvfp4MoE:
         """Allow a backend to apply SwiGLU in GEMM 1's epilogue (the default) or not. No effect on the numbers.
 
         Raises:
+            BackendError: the layer's backend cannot keep them apart.
             StateError: after :meth:`warmup`.
         """
         self._reconfigure("set_fused_swiglu", replace(self._config, fused_swiglu=bool(fused)))
@@ -172,6 +172,9 @@ class Nvfp4MoE:
                 f"{setter} after warmup: compiled kernels and captured graphs would keep the old value. "
                 f"Call it before warmup, or build a new layer"
             )
+        verdict = self._backend.explain(config, self.device)
+        if not verdict.usable:
+            raise BackendError(f"{setter}: the {self._backend.name} backend cannot do that: {verdict.reason}")
         self._backend = type(self._backend)(config, self.device)
         self._config = config
         self._scratch = None  # another setting may need more
@@ -225,9 +228,10 @@ class Nvfp4MoE:
                     "graphs would use the old scales. Pass l1_input_scale and l2_input_scale, or build a new layer"
                 )
             self._static_scales = None
-        if self._packed is None:
-            self._prove_backend()
-        self._packed = self._backend.pack(weights, self._packed)
+        with on_device(self.device):
+            if self._packed is None:
+                self._prove_backend()
+            self._packed = self._backend.pack(weights, self._packed)
         # What was observed with the old weights says nothing about the new ones.
         self._calibration_amax = None
 
@@ -315,12 +319,13 @@ class Nvfp4MoE:
             zeros = torch.zeros(self._config.num_experts, device=self.device)
             self._calibration_amax = (zeros, zeros.clone())
         running = self._calibration_amax
-        with self._workspace.exclusive():
-            seen = self._backend.activation_amax(
-                packed, Call(hidden_states, topk_weights, topk_ids, self._expert_map), scratch
-            )
-        for amax, new in zip(running, seen, strict=True):
-            torch.maximum(amax, new, out=amax)
+        if hidden_states.shape[0]:
+            with self._workspace.exclusive():
+                seen = self._backend.activation_amax(
+                    packed, Call(hidden_states, topk_weights, topk_ids, self._expert_map), scratch
+                )
+            for amax, new in zip(running, seen, strict=True):
+                torch.maximum(amax, new, out=amax)
         l1, l2 = (global_scale(torch.where(amax > 0, amax, amax.amax())) for amax in running)
         self._calibrated_scales = InputScales.updated(self._calibrated_scales, l1, l2)
         return l1, l2
@@ -329,6 +334,8 @@ class Nvfp4MoE:
 
     def warmup(self, token_budgets: Sequence[int] | None = None) -> None:
         """Compile and allocate everything that :meth:`run` needs, for these numbers of tokens.
+
+        For ids of either width, with and without an int32 ``num_valid_tokens``, and every dtype of results.
 
         Args:
             token_budgets: by default 1, 2, 4, ... up to ``max_num_tokens``, which is always included.
@@ -345,22 +352,28 @@ class Nvfp4MoE:
                 raise ConfigError(f"warmup: token budgets must be in 1 .. max_num_tokens = {most}, found {budget}")
         packed, scratch = self._ready()
         with self._workspace.exclusive():
-            self._backend.warmup(packed, scratch, [self._sample_call(budget) for budget in token_budgets])
+            self._backend.warmup(packed, scratch, [c for budget in token_budgets for c in self._sample_calls(budget)])
         self._warm = True
 
-    def _sample_call(self, tokens: int) -> Call:
-        """Something to warm up with: every expert gets its share."""
+    def _sample_calls(self, tokens: int) -> list[Call]:
+        """Something to warm up with, in every form that ids and padding come in: every expert gets its share."""
         cfg = self._config
         slots = torch.arange(tokens * cfg.top_k, device=self.device).view(tokens, cfg.top_k)
         ones = torch.ones(cfg.num_experts, device=self.device)
         fixed = cfg.quantizes_activations and cfg.activation_scale in ("static", "calibrated")
-        return Call(
+        call = Call(
             torch.ones(tokens, cfg.hidden_size, dtype=torch.bfloat16, device=self.device),
             torch.ones(tokens, cfg.top_k, device=self.device),
             slots % cfg.num_experts + cfg.experts_start_idx,
             self._expert_map,
             input_scales=InputScales.updated(None, ones, ones) if fixed else None,
         )
+        valid = torch.full((1,), tokens, dtype=torch.int32, device=self.device)
+        return [
+            replace(call, topk_ids=ids, num_valid_tokens=padding)
+            for ids in (call.topk_ids, call.topk_ids.int())
+            for padding in (None, valid)
+        ]
 
     def run(
         self,
@@ -476,10 +489,10 @@ class Nvfp4MoE:
     def _checked_out(self, hidden_states: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         if out is None:
             dtype = torch.bfloat16 if out_dtype is None else out_dtype
-            if dtype not in _OUT_DTYPES:
-                raise InputError(f"out_dtype: expected one of {dtype_names(_OUT_DTYPES)}, found {dtype}")
+            if dtype not in OUT_DTYPES:
+                raise InputError(f"out_dtype: expected one of {dtype_names(OUT_DTYPES)}, found {dtype}")
             return torch.empty(hidden_states.shape, dtype=dtype, device=self.device)
-        allowed = _OUT_DTYPES if out_dtype is None else (out_dtype,)
+        allowed = OUT_DTYPES if out_dtype is None else (out_dtype,)
         check_tensor("out", out, allowed, tuple(hidden_states.shape), self.device)
         return out
 

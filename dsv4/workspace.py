@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -24,6 +24,11 @@ from torch import Tensor
 from dsv4.errors import StateError
 
 _ALIGNMENT = 256
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """``device`` as torch's current one, on which Triton launches and whose stream it takes, wherever tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Workspace:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the workspace for one run; two threads at once would overwrite each other's scratch.
+        """Hold the workspace for one run, on its device; two threads at once would overwrite each other's scratch.
 
         With ``DSV4_DEBUG=1`` in the environment, two streams at once are caught as well: work that another stream has
         not finished. (Not by default: it costs an event for each run. Graph replays cannot be seen.)
@@ -103,14 +108,15 @@ class Workspace:
                 "(Nvfp4MoE(..., workspace=Workspace(device)))"
             )
         try:
-            debug = self.device.type == "cuda" and os.environ.get("DSV4_DEBUG") == "1"
-            if debug:
-                self._check_stream()
-            yield
-            if debug and not torch.cuda.is_current_stream_capturing():
-                stream, event = torch.cuda.current_stream(self.device), torch.cuda.Event()
-                event.record(stream)
-                self._last = (stream, event)
+            with on_device(self.device):
+                debug = self.device.type == "cuda" and os.environ.get("DSV4_DEBUG") == "1"
+                if debug:
+                    self._check_stream()
+                yield
+                if debug and not torch.cuda.is_current_stream_capturing():
+                    stream, event = torch.cuda.current_stream(self.device), torch.cuda.Event()
+                    event.record(stream)
+                    self._last = (stream, event)
         finally:
             self._busy.release()
 

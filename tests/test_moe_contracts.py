@@ -14,6 +14,7 @@ from oracle import random_weights
 
 from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Workspace
 from dsv4.backends import BACKENDS, choose
+from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
 E, H, INTER, K = 4, 64, 32, 2
@@ -67,14 +68,18 @@ def test_inputs_are_left_alone(target):
 
 
 def test_views_are_accepted(target):
-    """Inputs may be strided views, and out a slice of something larger."""
+    """Inputs may be strided views, or begin at any element, and so may out."""
     moe = layer(target)
     x, w, ids = batch(target)
     wide = torch.randn(9, 2 * H, device=target[1]).bfloat16()
     wide[:, ::2] = x
     out = poisoned(18, H, target[1])[::2]
+    want = moe.run(x, w, ids)
     moe.run(wide[:, ::2], w.t().contiguous().t(), ids.t().contiguous().t(), out=out)
-    assert torch.equal(out, moe.run(x, w, ids))
+    assert torch.equal(out, want)
+    out = poisoned(10, H, target[1]).flatten()[1 : 1 + 9 * H].view(9, H)
+    moe.run(*(torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape) for t in (x, w, ids)), out=out)
+    assert torch.equal(out, want)
 
 
 def test_layers_share_one_workspace_by_default(target):
@@ -274,6 +279,15 @@ def test_calibration_leaves_bad_rows_out(target):
         assert torch.equal(got[untouched], expected[untouched])
 
 
+def test_calibration_on_no_tokens(target, monkeypatch):
+    """A batch without tokens changes no scale, and no backend is asked about it."""
+    moe = layer(target, activation_scale="calibrated")
+    want = moe.compute_activation_global_scales(*batch(target))
+    monkeypatch.setattr(moe._backend, "activation_amax", None)
+    for got, expected in zip(moe.compute_activation_global_scales(*batch(target, 0)), want, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("mode", ["static", "calibrated"])
 def test_scales_that_nobody_gave_are_an_error(target, mode):
     """Static without input scales, calibrated without data: run says what is missing and what to do."""
@@ -307,6 +321,19 @@ def test_setters_take_full_effect_before_warmup(target):
     assert torch.equal(moe.run(*args), layer(target).run(*args))
 
 
+def test_a_setter_that_the_backend_cannot_follow_raises(target, monkeypatch):
+    """A backend that declines the new configuration is not left with it: an error that gives its reason."""
+    moe = layer(target)
+    args = batch(target)
+    want = moe.run(*args)
+    monkeypatch.setattr(
+        type(moe._backend), "explain", staticmethod(lambda config, device: Verdict(False, "only fused"))
+    )
+    with pytest.raises(BackendError, match="only fused"):
+        moe.set_fused_swiglu(False)
+    assert torch.equal(moe.run(*args), want)
+
+
 def test_setters_after_warmup_raise(target):
     """Captured graphs would keep the old setting: a change is refused, setting the same value is not a change."""
     moe = layer(target, swiglu_limit=0.5)
@@ -335,6 +362,17 @@ def test_warmup(target):
         moe.warmup((257,))
     with pytest.raises(StateError, match="no weights"):
         Nvfp4MoE(E, H, INTER, 64, K, target[1], backend=target[0]).warmup()
+
+
+def test_warming_up_covers_every_form_of_a_call(target, monkeypatch):
+    """Ids of either width, with and without padding rows, for each budget: a kernel compiled later would be a pause."""
+    moe = layer(target)
+    seen = []
+    monkeypatch.setattr(moe._backend, "warmup", lambda packed, scratch, calls: seen.extend(calls))
+    moe.warmup((1, 4))
+    forms = {(len(c.hidden_states), c.topk_ids.dtype, c.num_valid_tokens is None) for c in seen}
+    assert forms == {(t, d, none) for t in (1, 4) for d in (torch.int32, torch.int64) for none in (True, False)}
+    assert {c.num_valid_tokens.dtype for c in seen if c.num_valid_tokens is not None} == {torch.int32}
 
 
 # Choosing a backend

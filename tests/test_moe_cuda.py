@@ -11,6 +11,7 @@ from oracle import random_weights
 
 from dsv4 import BackendError, StateError
 from dsv4.backends import BACKENDS
+from dsv4.config import MoEConfig
 from dsv4.workspace import Workspace
 
 pytestmark = [
@@ -24,7 +25,11 @@ SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 
 @pytest.fixture(params=[backend.name for backend in BACKENDS])
 def target(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
-    return request.param, torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    verdict = next(b for b in BACKENDS if b.name == request.param).explain(MoEConfig(E, H, INTER, top_k=K), device)
+    if not verdict.usable:
+        pytest.skip(verdict.reason)
+    return request.param, device
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -101,6 +106,29 @@ def test_run_allocates_nothing_but_the_result(target, mode):
         assert torch.equal(result, out)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_compiled_after_warmup(target, mode, monkeypatch):
+    """Ids of either width, padding rows, results of every dtype, tensors that begin anywhere: all kernels are there."""
+    if target[0] != "portable":
+        pytest.skip("a promise of the portable backend")
+    from triton import knobs
+
+    top_k, device = 5, target[1]  # no other test's, or it would have compiled them
+    moe = build(target, random_weights(E, H, INTER, seed=1), top_k=top_k, max_num_tokens=600, **SCALES, **MODES[mode])
+    moe.warmup((1, T, 600))
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))
+    for tokens in (1, T, 600):
+        x, w, ids = on(device, *inputs(tokens, H, top_k, E))
+        misaligned = torch.zeros(ids.numel() + 1, dtype=torch.int32, device=device)[1:].view(ids.shape)
+        misaligned.copy_(ids)
+        for these in (ids, ids.int(), misaligned):
+            for valid in (None, torch.ones(3, dtype=torch.int32, device=device)[2:]):
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    moe.run(x, w, these, num_valid_tokens=valid, out_dtype=dtype)
+    assert not compiled
+
+
 def test_every_budget_replays(target):
     """One graph for each of 1, 2, 4 ... 8192 tokens, replayed in mixed order with fresh routings, gives eager's bits.
 
@@ -134,6 +162,34 @@ def test_every_budget_replays(target):
             assert torch.equal(out, moe.run(*args, num_valid_tokens=valid)), (budget, seed)
             assert not out[padding].any()
             assert bool(out[~padding].any(dim=1).all())
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_batch_invariance_along_a_long_k(target, mode):
+    """Long sums and calls from 1 to 600 tokens: a token alone keeps the bits that it has in every batch."""
+    moe = build(
+        target, random_weights(8, 1040, 528, seed=1), top_k=K, max_num_tokens=600, batch_invariant=True, **SCALES,
+        **MODES[mode],
+    )  # fmt: skip
+    x, w, ids = on(target[1], *inputs(600, 1040, K, 8))
+    whole = moe.run(x, w, ids, out_dtype=torch.float32)
+    for tokens in (1, 2, 30, 100):
+        part = moe.run(x[:tokens], w[:tokens], ids[:tokens], out_dtype=torch.float32)
+        assert torch.equal(part, whole[:tokens]), tokens
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_need_not_be_on_the_current_gpu(target):
+    """As when a model's layers are spread over GPUs in one process: the numbers of the current GPU."""
+    weights, args = random_weights(E, H, INTER, seed=1), inputs(T, H, K, E)
+    here, there = target[1], torch.device("cuda", (target[1].index + 1) % torch.cuda.device_count())
+    results = []
+    for device in (here, there):
+        moe = build((target[0], device), weights, top_k=K, activation_scale="token")
+        moe.warmup((T,))
+        results.append(moe.run(*on(device, *args)).cpu())
+    assert torch.cuda.current_device() == here.index
+    assert torch.equal(*results)
 
 
 def test_two_layers_on_two_streams(target):

@@ -19,21 +19,19 @@ class Entry:
         module: in this package, and the class in it.
         label: what tables and pictures call it.
         quantizes: it quantizes activations: ours in W4A4 is compared with it, else ours in W4A16.
-        whole: it computes the whole layer; else what the label says.
         color: in pictures.
     """
 
     module: tuple[str, str]
     label: str
     quantizes: bool = False
-    whole: bool = True
     color: str = "#888888"
 
 
 # In the order of loading: vLLM last, whose bootstrap puts stand-ins before packages that it does not need.
 PEERS = {
     "humming": Entry(("humming", "Humming"), "Humming W4A16", color="#D55E00"),
-    "grouped-mm": Entry(("grouped_mm", "GroupedMM"), "torch grouped_mm bf16 (products)", whole=False, color="#999999"),
+    "grouped-mm": Entry(("grouped_mm", "GroupedMM"), "torch grouped_mm bf16 (products)", color="#999999"),
     "transformers": Entry(("transformers_experts", "TransformersExperts"), "Transformers bf16", color="#666666"),
     "vllm-marlin": Entry(("vllm_layers", "Marlin"), "vLLM Marlin W4A16", color="#56B4E9"),
     "vllm-humming": Entry(("vllm_layers", "VllmHumming"), "vLLM Humming W4A16", color="#F0E442"),

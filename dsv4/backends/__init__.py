@@ -8,6 +8,7 @@ import os
 import torch
 
 from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
+from dsv4.backends.hopper import HopperBackend
 from dsv4.backends.portable import PortableBackend
 from dsv4.backends.proof import prove
 from dsv4.backends.reference import ReferenceBackend
@@ -18,8 +19,9 @@ __all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "c
 
 _log = logging.getLogger("dsv4")
 
-BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend)
-"""In the order in which ``auto`` tries them: fastest first."""
+BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend, HopperBackend)
+"""In the order in which ``auto`` tries them: fastest first. The reference can always be used, so ``auto`` never takes
+what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU."""
 
 
 def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from dsv4.config import MoEConfig
 from dsv4.weights import MoEWeights
 
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What a layer's result can be."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -127,7 +130,7 @@ class Backend(Protocol):
         """Scratch for ``max_num_tokens``, from the capacity bound."""
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
-        """Do everything that may compile or allocate, for calls like these."""
+        """Do everything that may compile or allocate, for calls like these and results of every dtype."""
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         """Write the combined expert output to ``out [T, H]``, using ``scratch`` (uint8 of :meth:`workspace_bytes`)."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import Call, Packed, Verdict
+from dsv4.backends.base import OUT_DTYPES, Call, Packed, Verdict
 from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import finite_row_amax
 from dsv4.weights import MoEWeights
@@ -55,7 +55,7 @@ class Tiling:
 #   32 x 128 with wgmma 1363.
 #   T = 1024, with wgmma: 32 x 128 1402, 64 x 128 1818, 32 x 256 1630. T = 2048: 64 x 128 1846, 8 warps 1922.
 #   T = 4096, 8192, with wgmma: 128 x 256, 8 warps 3289, 6611; 64 x 128, 8 warps 3720, 6940; 128 x 128 3820, 7472.
-# Lines for any GPU: within the 99 KiB of shared memory that the smallest of them have.
+# TILINGS are for any GPU: ``mma`` alone, and within the 99 KiB of shared memory that the smallest of them have.
 _FEW_ROWS = (
     Tiling(1 / 32, (8, 64, 4, 8, 4, False), (8, 64, 4, 8, 4, False)),
     Tiling(1 / 8, (8, 64, 4, 4, 6, False), (8, 64, 4, 4, 6, False)),
@@ -93,7 +93,8 @@ class PortableBackend:
         self._l2 = Matrix(h, i, self._l1.end)
         properties = torch.cuda.get_device_properties(device)
         self._multiprocessors = properties.multi_processor_count
-        self._tilings = HOPPER_TILINGS if properties.major == 9 else TILINGS
+        # The two kinds of tensor-core instructions need not add up in the same order: one kind where bits are promised.
+        self._tilings = HOPPER_TILINGS if properties.major == 9 and not config.batch_invariant else TILINGS
 
     @classmethod
     def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
@@ -138,14 +139,15 @@ class PortableBackend:
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         for call in calls:
-            self.run(packed, call, scratch, call.hidden_states.new_empty(call.hidden_states.shape))
+            for dtype in OUT_DTYPES:
+                self.run(packed, call, scratch, torch.empty_like(call.hidden_states, dtype=dtype))
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         from dsv4.kernels.triton.grouped_gemm import grouped_gemm
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
 
         cfg, views = self.config, self._plan.views(scratch)
-        if not out.is_contiguous():
+        if not _is_dense(out):
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
             self.run(packed, call, scratch, dense)
             out.copy_(dense)
@@ -305,13 +307,25 @@ class PortableBackend:
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
 
 
+_ALIGNMENT = 16
+"""Bytes of an asynchronous copy. Triton compiles a kernel anew for an address that is not a multiple of it."""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
 def _dense(call: Call) -> Call:
-    """The call with contiguous tensors: the same ones, where they are."""
+    """The call with contiguous, aligned tensors: the same ones, where they are."""
+
+    def dense(tensor: Tensor) -> Tensor:
+        return tensor if _is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
     return replace(
         call,
-        hidden_states=call.hidden_states.contiguous(),
-        topk_weights=call.topk_weights.contiguous(),
-        topk_ids=call.topk_ids.contiguous(),
+        hidden_states=dense(call.hidden_states),
+        topk_weights=dense(call.topk_weights),
+        topk_ids=dense(call.topk_ids),
     )
 
 

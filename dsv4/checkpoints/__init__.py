@@ -21,6 +21,8 @@
 ``stacking``            experts into a layer's tensors, and what a missing activation scale means
 ``quantization``        what the configuration files say
 ``checkpoint``          all of it together
+``statistics``          what codes and scales look like, counted
+``findings``            what looks wrong with them
 ======================  ==============================================================================================
 
 Needs torch and safetensors; rich only where a progress bar is asked for, huggingface_hub only for ids.

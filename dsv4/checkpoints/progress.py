@@ -9,7 +9,7 @@ from dsv4.errors import ConfigError
 
 
 @contextmanager
-def progress_bar(enabled: bool, description: str, total: int) -> Iterator[Callable[[], None]]:
+def progress_bar(enabled: bool, description: str, total: int, unit: str = "experts") -> Iterator[Callable[[], None]]:
     """A context that yields ``advance()``, to be called ``total`` times; without ``enabled`` it does nothing.
 
     Raises:
@@ -28,7 +28,7 @@ def progress_bar(enabled: bool, description: str, total: int) -> Iterator[Callab
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("experts"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:

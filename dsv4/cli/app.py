@@ -12,9 +12,12 @@ from typer.core import TyperGroup
 from dsv4 import __version__
 from dsv4.cli._output import print_json
 from dsv4.cli.bench import bench
+from dsv4.cli.compile import compile_kernels
 from dsv4.cli.convert import convert
 from dsv4.cli.doctor import doctor
 from dsv4.cli.generate import generate
+from dsv4.cli.inspect import inspect
+from dsv4.cli.verify import verify
 from dsv4.errors import Dsv4Error
 
 # Newer typers carry their own copy of click and export of its errors only this one, whose base all usage errors have.
@@ -70,6 +73,9 @@ app.command()(generate)
 app.command()(doctor)
 app.command()(bench)
 app.command()(convert)
+app.command()(inspect)
+app.command()(verify)
+app.command("compile")(compile_kernels)
 
 
 def _print_version(wanted: bool) -> None:

@@ -96,13 +96,18 @@ def test_stage_table_by_hand(benchmarks):
     from stages import table
 
     shape = SHAPES["v4-flash"]
-    rows = table({"_combine": 10.0, "Memset": 3.0, "_grouped_gemm": 99.0}, shape, 8192)
+    rows = table({"_combine": 10.0, "Memset": 3.0, "_grouped_gemm": 99.0}, shape, 8192, "w4a16")
     moved = 49_152 * (4096 * 2 + 8) + 8192 * 4096 * 2  # bf16 rows above 4096 slots
     assert rows == {
         "_combine": {"us": 10.0, "gb_per_s": round(moved / 10 / 1e3, 1)},
         "Memset": {"us": 3.0, "gb_per_s": None},
     }
-    assert table({"_combine": 10.0}, shape, 1)["_combine"]["gb_per_s"] == round((6 * 16_392 + 8192) / 10 / 1e3, 1)
+    small = table({"_combine": 10.0}, shape, 1, "w4a16")
+    assert small["_combine"]["gb_per_s"] == round((6 * 16_392 + 8192) / 10 / 1e3, 1)
+    # Tokens are staged in both; rows between the products only where their scale was not known before.
+    static, token = (table({"_stage_rows": 100.0}, shape, 8192, f"w4a4-{scale}") for scale in ("static", "token"))
+    assert static["_stage_rows"]["gb_per_s"] == round(8192 * 16_388 / 100 / 1e3, 1)
+    assert token["_stage_rows"]["gb_per_s"] == round((8192 * 16_388 + 49_152 * 8196) / 100 / 1e3, 1)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import dsv4
 from dsv4.cli import app as command_line
-from dsv4.cli import bench, convert, doctor, generate
+from dsv4.cli import bench, compile, convert, doctor, generate, inspect, verify
 from dsv4.cli.app import app
 from dsv4.errors import ConfigError
 
@@ -122,9 +122,12 @@ def test_every_command_has_json():
     """All commands take --json."""
     assert {info.callback for info in app.registered_commands} == {
         bench.bench,
+        compile.compile_kernels,
         convert.convert,
         doctor.doctor,
         generate.generate,
+        inspect.inspect,
+        verify.verify,
     }
     for info in command_line.app.registered_commands:
         assert "json" in info.callback.__annotations__

@@ -46,7 +46,8 @@ class Launch:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = _POINTERS[value.dtype]
-                attributes[(index,)] = _DIVISIBLE
+                if not parameter.do_not_specialize_on_alignment:
+                    attributes[(index,)] = _DIVISIBLE
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
             elif value == 1 and not parameter.do_not_specialize:

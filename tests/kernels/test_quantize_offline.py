@@ -54,11 +54,28 @@ def test_no_kernel_spills(arch, rows, dtype, tmp_path):
             assert "ld.global.v4.b32" in ptx, launch.kernel.__name__
 
 
+def specializations(rows: int) -> set[tuple]:
+    """What tells the compiled kernels of :func:`launches` apart."""
+    return {
+        (
+            launch.kernel.__name__,
+            *(
+                (p.name, launch.arguments[p.name] if p.is_constexpr else launch.arguments[p.name] % 16 == 0)
+                for p in launch.kernel.params
+                if p.is_constexpr or (isinstance(launch.arguments[p.name], int) and not p.do_not_specialize)
+            ),
+        )
+        for launch in launches(rows, torch.bfloat16)
+    }
+
+
 def test_shapes_that_differ_in_rows_share_a_kernel():
-    """Row counts are run-time numbers, not specialized on: a graph of another batch finds everything compiled."""
-    for kernel in (quantize._amax, quantize._quantize, quantize._quantize_swizzled, swizzle._swizzle):
-        free = {p.name for p in kernel.params if p.do_not_specialize}
-        assert "rows" in free
+    """Up to 2^16 blocks, and above, any number of rows is served by the same compiled kernels."""
+    few = [specializations(rows) for rows in (2, 3, 16, 130, 256)]
+    many = [specializations(rows) for rows in (257, 1000, 1024)]
+    assert all(kernels == few[0] for kernels in few)
+    assert all(kernels == many[0] for kernels in many)
+    assert len(few[0] | many[0]) - len(few[0]) == 3  # those of _quantize
 
 
 def test_codes_at_an_odd_address_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -39,9 +40,6 @@ def use_gpu(monkeypatch, arch: int) -> None:
 def launches(tokens: int, **settings) -> list[Launch]:
     """What the backend launches for one call."""
     config = MoEConfig(E, H, INTER, max_num_tokens=max(tokens, 16), top_k=settings.pop("top_k", K), **settings)
-    backend = PortableBackend(config, torch.device("cpu"))
-    scratch = torch.zeros(PortableBackend.workspace_bytes(config, torch.device("cpu")), dtype=torch.uint8)
-    packed = Packed(torch.zeros(E, backend._l2.end, dtype=torch.uint8), torch.ones(E, 2), torch.ones(E))
     scales = InputScales.updated(None, torch.ones(E), torch.ones(E))
     fixed = config.quantizes_activations and config.activation_scale == "static"
     call = Call(
@@ -50,9 +48,22 @@ def launches(tokens: int, **settings) -> list[Launch]:
         torch.zeros(tokens, config.top_k, dtype=torch.int64),
         input_scales=scales if fixed else None,
     )
+    return launches_of(config, call, torch.zeros(tokens, H, dtype=torch.bfloat16))
+
+
+def launches_of(config: MoEConfig, call: Call, out: torch.Tensor) -> list[Launch]:
+    backend, packed, scratch = prepared(config)
     with recorded() as found:
-        backend.run(packed, call, scratch, torch.zeros(tokens, H, dtype=torch.bfloat16))
+        backend.run(packed, call, scratch, out)
     return found
+
+
+def prepared(config: MoEConfig) -> tuple[PortableBackend, Packed, torch.Tensor]:
+    """The backend on paper, its weights and its scratch."""
+    backend = PortableBackend(config, torch.device("cpu"))
+    scratch = torch.zeros(PortableBackend.workspace_bytes(config, torch.device("cpu")), dtype=torch.uint8)
+    packed = Packed(torch.zeros(E, backend._l2.end, dtype=torch.uint8), torch.ones(E, 2), torch.ones(E))
+    return backend, packed, scratch
 
 
 VARIANTS = {
@@ -68,13 +79,56 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tokens", [4, 4000])
-def test_every_stage_compiles_for_hopper(variant, tokens):
-    """Each launch of each mode compiles, and spills nothing to local memory worth speaking of."""
+def test_every_stage_compiles_for_hopper(variant, tokens, tmp_path):
+    """Each launch of each mode compiles, spills nothing to local memory, and fits into shared memory."""
     found = launches(tokens, **VARIANTS[variant])
     assert [launch.kernel.__name__ for launch in found][-1] == "_combine"
     for launch in found:
         compiled = launch.compile(90)
-        assert compiled.metadata.shared <= 227 * 1024, launch.kernel.__name__
+        assert not {"LDL", "STL"} & set(sass(compiled.asm["cubin"], tmp_path)), launch.kernel.__name__
+        assert compiled.metadata.shared <= SHARED_MEMORY[90] * 1024, launch.kernel.__name__
+
+
+def misaligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous, but not at a multiple of 16 bytes."""
+    numel = math.prod(shape)
+    return torch.zeros(numel + 16, dtype=dtype)[1 : numel + 1].view(shape)
+
+
+@pytest.mark.parametrize("variant", ["w4a16", "token"])
+def test_kernels_are_given_aligned_tensors(variant):
+    """Views that begin anywhere are copied: asynchronous copies take 16 bytes, and another alignment would compile
+    another kernel after warm-up. Only ``num_valid`` is read where it is, by kernels that take any alignment."""
+    config = MoEConfig(E, H, INTER, max_num_tokens=16, top_k=K, **VARIANTS[variant])
+    call = Call(
+        misaligned(5, H, dtype=torch.bfloat16),
+        misaligned(5, K, dtype=torch.float32),
+        misaligned(5, K, dtype=torch.int32),
+        num_valid_tokens=misaligned(1, dtype=torch.int32),
+    )
+    found = launches_of(config, call, misaligned(5, H, dtype=torch.bfloat16))
+    assert found[-1].kernel.__name__ == "_combine"
+    for launch in found:
+        for parameter in launch.kernel.params:
+            value = launch.arguments[parameter.name]
+            if isinstance(value, torch.Tensor) and value.data_ptr() % 16:
+                assert parameter.do_not_specialize_on_alignment, (launch.kernel.__name__, parameter.name)
+                assert value is call.num_valid_tokens
+
+
+def test_warming_up_reaches_results_of_every_dtype():
+    """Each call is run for every dtype that ``out_dtype`` allows: none is compiled later."""
+    config = MoEConfig(E, H, INTER, max_num_tokens=4096, top_k=K, **VARIANTS["w4a16"])
+    backend, packed, scratch = prepared(config)
+    calls = [
+        Call(torch.zeros(t, H, dtype=torch.bfloat16), torch.zeros(t, K), torch.zeros(t, K, dtype=torch.int32))
+        for t in (1, 4096)
+    ]
+    with recorded() as found:
+        backend.warmup(packed, scratch, calls)
+    results = [launch.arguments["out"] for launch in found if launch.kernel.__name__ == "_combine"]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert {(len(out), out.dtype) for out in results} == {(t, dtype) for t in (1, 4096) for dtype in dtypes}
 
 
 def gemms(tokens: int, **settings) -> list[Launch]:
@@ -138,3 +192,10 @@ def test_the_proof_reaches_every_line(table):
     means = [tokens * proof._TOP_K / proof._EXPERTS for tokens in proof._TOKENS]
     lines = {next(i for i, line in enumerate(table) if mean <= line.rows_per_expert) for mean in means}
     assert lines == set(range(len(table)))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 48, 384, 4096])
+def test_one_kind_of_instruction_where_bits_are_promised(tokens):
+    """With batch_invariant=True all calls, small and large, use ``mma``: it adds along K in one order."""
+    found = gemms(tokens, batch_invariant=True, **VARIANTS["w4a16"])
+    assert [gemm.arguments["WGMMA"] for gemm in found] == [False, False]

@@ -18,7 +18,7 @@ def rotate_right(words: np.ndarray, by: int) -> np.ndarray:
 
 
 def decoded_lanes(words: np.ndarray) -> list[np.ndarray]:
-    """What the four registers hold after the instructions of ``_low_fields`` and ``_high_fields``."""
+    """What the four registers hold after the instructions of ``low_fields`` and ``high_fields``."""
     product = (words & np.uint32(0x001B001B)).astype(np.uint64) * 0x4108
     return [
         words & MASK,

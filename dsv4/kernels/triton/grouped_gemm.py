@@ -6,14 +6,8 @@ cores want them.
 
 **Operands are swapped.** A product has few tokens and many outputs, so the *weights* are the left operand, ``[BN, K]``,
 which tensor cores take from registers, where decoding leaves it; the tokens are the right one, ``[K, BM]``, of which 8
-columns are enough. Weights stand in memory in the order of the left operand's fragments: see
-:mod:`dsv4.kernels.triton.weight_layout`.
-
-**Decoding** is exact. The three magnitude bits of a code, put where bf16 has the low bits of its exponent and the high
-bit of its mantissa, read as ``value * 2^-126`` (0.5 as a subnormal). The bits of an e4m3 scale, shifted by four, read
-as ``value * 2^-120``; two exact multiplications turn it into ``value * 2^117``. Their product is ``e2m1 * sf * 2^-9``,
-with at most 5 significant bits; the epilogue takes the factor out again with the global scales. No scale is assumed to
-be normal.
+columns are enough. Weights stand in memory in the order of the left operand's fragments
+(:mod:`dsv4.kernels.triton.weight_layout`) and are decoded in place (:mod:`dsv4.kernels.triton.decode`).
 
 **Pipeline.** Codes, scales and gathered token rows travel by asynchronous copies through a ring of ``STAGES`` slots.
 Copies are issued two steps short of the ring's length ahead, right after the step's barrier: a slot that is filled was
@@ -38,6 +32,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from dsv4.kernels.triton.decode import (
+    UNSCALE,
+    block_scales,
+    code_layout,
+    grouped_layout,
+    high_fields,
+    low_fields,
+    scale_layout,
+    scaled,
+)
 from dsv4.kernels.triton.numerics import quantize_block, silu_product
 from dsv4.kernels.triton.weight_layout import CHUNK_BYTES, CODE_BYTES, Matrix
 from dsv4.ops.layouts import ceil_div
@@ -45,7 +49,6 @@ from dsv4.ops.layouts import ceil_div
 _CHUNK = gl.constexpr(CHUNK_BYTES)
 _CODES = gl.constexpr(CODE_BYTES)
 _SCALES = gl.constexpr(CHUNK_BYTES - CODE_BYTES)
-_UNSCALE = gl.constexpr(512.0)  # 2^9, what decoding leaves out
 
 
 @dataclass(frozen=True)
@@ -69,114 +72,11 @@ class GemmConfig:
     wgmma: bool = False
 
 
-@gluon.jit
-def _low_fields(q):
-    """Bytes of packed words -> their low codes as bf16, times 2^-126: see the weight layout's docstring."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 r;
-        and.b32 $0, $2, 0x81C081C0;
-        shf.r.wrap.b32 r, $2, $2, 3;
-        and.b32 $1, r, 0x81C081C0;
-        }
-        """,
-        "=r,=r,r",
-        [q],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def _high_fields(q):
-    """The same for the high codes."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 r;
-        shf.r.wrap.b32 r, $2, $2, 6;
-        and.b32 $0, r, 0x81C081C0;
-        and.b32 r, $2, 0x001B001B;
-        mul.lo.u32 r, r, 0x4108;
-        and.b32 $1, r, 0x81C081C0;
-        }
-        """,
-        "=r,=r,r",
-        [q],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def _scale_fields(q):
-    """Bytes of four e4m3 scales, the middle two exchanged -> bf16 in order, times 2^-120. A sign is dropped: it can
-    only be that of a zero."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 r;
-        shl.b32 r, $2, 4;
-        and.b32 $0, r, 0x07F007F0;
-        shr.u32 r, $2, 4;
-        and.b32 $1, r, 0x07F007F0;
-        }
-        """,
-        "=r,=r,r",
-        [q],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.constexpr_function
-def _bits(unit, count, rank=1):
-    """The bits of an index along the first dimension that tell ``count`` parts of ``unit`` apart."""
-    return [[unit << bit] + [0] * (rank - 1) for bit in range(count.bit_length() - 1)]
-
-
 @gluon.constexpr_function
 def _accumulator_layout(wgmma, warps, columns):
     """How a result tile ``[BN, BM]`` is spread over the threads."""
     version, shape = ([3, 0], [16, columns, 16]) if wgmma else ([2, 0], [16, 8])
     return gl.NVMMADistributedLayout(version, [warps, 1], shape)
-
-
-@gluon.constexpr_function
-def _grouped_layout(warps, repeat):
-    """The left operand as ``[outputs, group, 16]``: which bits of an index a register, a lane, a warp stands for."""
-    registers = [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 1, 0], [0, 2, 0], *_bits(16 * warps, repeat, 3)]
-    lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(16, warps, 3), [], [16 * warps * repeat, 4, 16])
-
-
-@gluon.constexpr_function
-def _code_layout(warps, repeat):
-    """A tile's code bytes: 16 in a row for each thread, of both pieces."""
-    registers = [[1], [2], [4], [8], [512], *_bits(1024 * warps, repeat)]
-    lanes = [[16], [32], [64], [128], [256]]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(1024, warps), [], [1024 * warps * repeat])
-
-
-@gluon.constexpr_function
-def _scale_layout(warps, repeat):
-    """A tile's scale bytes: 16 in a row, the same for four neighbouring lanes."""
-    registers = [[1], [2], [4], [8], *_bits(128 * warps, repeat)]
-    lanes = [[0], [0], [16], [32], [64]]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(128, warps), [], [128 * warps * repeat])
-
-
-@gluon.jit
-def _scaled(fields, scale, GROUPED: gl.constexpr, A: gl.constexpr, BN: gl.constexpr):
-    """Half a chunk's codes times its scales ``[BN, 4]``: the left operand ``[BN, 64]``. Moves nothing."""
-    f = fields.reshape([BN // 16, 2, 8, 4, 2, 2, 2, 2])  # strip, piece, g, c, 16s, 8s, row, K parity
-    f = f.permute([0, 6, 2, 1, 4, 5, 3, 7]).reshape([BN, 4, 16])
-    f = gl.convert_layout(f, GROUPED, assert_trivial=True) * gl.expand_dims(scale, 2)
-    return gl.convert_layout(f.reshape([BN, 64]), A, assert_trivial=True)
 
 
 @gluon.jit
@@ -257,9 +157,9 @@ def _grouped_gemm(
     B: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     REPEAT: gl.constexpr = BN // (16 * num_warps)
-    GROUPED: gl.constexpr = _grouped_layout(num_warps, REPEAT)
-    CODES_OF_THREAD: gl.constexpr = _code_layout(num_warps, REPEAT)
-    SCALES_OF_THREAD: gl.constexpr = _scale_layout(num_warps, REPEAT)
+    GROUPED: gl.constexpr = grouped_layout(num_warps, REPEAT)
+    CODES_OF_THREAD: gl.constexpr = code_layout(num_warps, REPEAT)
+    SCALES_OF_THREAD: gl.constexpr = scale_layout(num_warps, REPEAT)
     COPY: gl.constexpr = gl.BlockedLayout([16], [32], [num_warps], [0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     X_ROW: gl.constexpr = gl.SliceLayout(1, X_COPY)
@@ -312,27 +212,20 @@ def _grouped_gemm(
                 fence_async_shared()  # wgmma reads what asynchronous copies wrote
             stage = step % STAGES
             q = code_ring.index(stage).load(CODES_OF_THREAD)
-            sf = _scale_fields(scale_ring.index(stage).load(SCALES_OF_THREAD))
-            # Two steps: 2^237 is no bf16 number.
-            sf *= gl.full_like(sf, 2.0**120)
-            sf *= gl.full_like(sf, 2.0**117)
-            sf = sf.reshape([BN // 16, 8, 2, 2, 4]).permute([0, 2, 1, 4, 3]).reshape([BN, 4, 2])
-            sf_low, sf_high = gl.split(sf)
-            sf_low = gl.convert_layout(sf_low, gl.SliceLayout(2, GROUPED), assert_trivial=True)
-            sf_high = gl.convert_layout(sf_high, gl.SliceLayout(2, GROUPED), assert_trivial=True)
+            sf_low, sf_high = block_scales(scale_ring.index(stage).load(SCALES_OF_THREAD), GROUPED, BN)
             x_low, x_high = low_ring.index(stage).permute([1, 0]), high_ring.index(stage).permute([1, 0])
-            low = _scaled(_low_fields(q), sf_low, GROUPED, A, BN)
+            low = scaled(low_fields(q), sf_low, GROUPED, A, BN)
             if WGMMA:
                 acc = warpgroup_mma(low, x_low, acc, is_async=True)
-                high = _scaled(_high_fields(q), sf_high, GROUPED, A, BN)
+                high = scaled(high_fields(q), sf_high, GROUPED, A, BN)
                 acc = warpgroup_mma(high, x_high, acc, is_async=True)
                 acc, low, high = warpgroup_mma_wait(0, deps=[acc, low, high])
             else:
                 acc = mma_v2(low, x_low.load(B), acc)
-                high = _scaled(_high_fields(q), sf_high, GROUPED, A, BN)
+                high = scaled(high_fields(q), sf_high, GROUPED, A, BN)
                 acc = mma_v2(high, x_high.load(B), acc)
 
-        acc *= _UNSCALE
+        acc *= UNSCALE
         slot_of = gl.load(slots + gl.arange(0, BM, gl.SliceLayout(0, ACC)))
         if HAS_X_SCALE:
             acc *= gl.load(x_scale + gl.where(slot_of >= 0, slot_of // SLOTS_PER_ROW, 0))[None, :]

@@ -4,7 +4,7 @@ A matrix ``[M, K]`` is read as one list of M * K/16 blocks, so that any M and K 
 that comes from the data takes two launches: the first leaves one maximum a program, and every program of the second
 takes the largest of them. So nothing is cleared beforehand, no atomics are needed and the host learns nothing.
 
-Numbers of rows are not specialized on: a shape that differs in them alone compiles nothing new.
+Numbers of rows are not specialized on: they choose between two tile sizes, and compile nothing else anew.
 """
 
 from __future__ import annotations

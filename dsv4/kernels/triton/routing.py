@@ -54,7 +54,8 @@ def _histogram(local, keep, BINS: tl.constexpr):
     return tl.histogram(tl.where(keep, local, 0), BINS, mask=keep)
 
 
-@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE"])
+# ``num_valid`` is one number, often out of a larger buffer: no kernel of its own for each alignment.
+@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE"], do_not_specialize_on_alignment=["num_valid"])
 def _count(
     ids, expert_map, num_valid, hist, S, E, START, MAP_SIZE,
     TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -66,7 +67,10 @@ def _count(
     tl.store(hist + chunk * BINS + tl.arange(0, BINS), _histogram(local, local >= 0, BINS))
 
 
-@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles", "chunks"])
+@triton.jit(
+    do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles", "chunks"],
+    do_not_specialize_on_alignment=["num_valid"],
+)
 def _place(
     ids,  # i32 or i64 [S]
     expert_map,  # i32 [MAP_SIZE]

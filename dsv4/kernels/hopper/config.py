@@ -1,0 +1,72 @@
+"""What distinguishes one compiled kernel from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsv4.kernels.hopper.layout import BLOCK_BYTES
+
+PRODUCER_REGISTERS = 24
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One compiled kernel.
+
+    Attributes:
+        tokens: rows of a row tile, wgmma's N: a multiple of 8 up to 256.
+        warpgroups: consumers of 64 weight rows each.
+        blocks: 128s of K in a pipeline stage.
+        stages: depth of the pipeline.
+        programs_per_sm: programs that share a multiprocessor.
+        gated: rows alternate between gate and up by eights, and the result is SwiGLU's, written as an image.
+        wide_out: fp32 results, else bf16 (not with ``gated``).
+        row_scale: multiply each token's results by its own fp32 number.
+        weighted: multiply SwiGLU's result by the routing weight.
+        limited: clamp SwiGLU's operands.
+    """
+
+    tokens: int
+    warpgroups: int
+    blocks: int
+    stages: int
+    programs_per_sm: int
+    gated: bool = False
+    wide_out: bool = False
+    row_scale: bool = False
+    weighted: bool = False
+    limited: bool = False
+
+    @property
+    def producer_group(self) -> bool:
+        """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers."""
+        return self.tokens >= 128 and self.programs_per_sm == 1
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return 128 * self.warpgroups + (128 if self.producer_group else 32)
+
+    @property
+    def consumer_registers(self) -> int:
+        """What the producers leave to each consumer thread, where registers move: 512 for each of 128 lanes in all."""
+        return min(240, (512 - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of weights and tokens."""
+        return self.blocks * (self.warpgroups * BLOCK_BYTES + self.tokens * 256)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a program."""
+        return self.stages * (self.stage_bytes + 16) + 1024
+
+    def fitted(self, rows: int, k: int) -> HopperConfig:
+        """The nearest one of whose tiles a ``rows x k`` matrix is made, where this one's do not fit a small matrix."""
+        groups, blocks = self.warpgroups, self.blocks
+        while groups > 1 and rows % (64 * groups):
+            groups //= 2
+        while blocks > 1 and k % (128 * blocks):
+            blocks //= 2
+        return replace(self, warpgroups=groups, blocks=blocks)

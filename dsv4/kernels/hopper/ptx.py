@@ -1,0 +1,113 @@
+"""The PTX instructions that the DSL has no words for: bulk copies, packed bf16 arithmetic, register transposes."""
+
+from __future__ import annotations
+
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.cute.arch import inline_ptx
+
+
+def bulk_load(destination, source, size, barrier):
+    """Copy ``size`` contiguous bytes from global to shared memory; ``barrier`` counts them as they arrive."""
+    inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[destination, source, Int32(size), barrier],
+    )
+
+
+def load_i32(address):
+    """A 32-bit integer in global memory."""
+    return inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def load_f32(address):
+    """A float in global memory."""
+    return inline_ptx("ld.global.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
+
+
+def store_b32(address, value):
+    """Four bytes to global memory."""
+    inline_ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def store_f32(address, value):
+    """A float to global memory."""
+    inline_ptx("st.global.f32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def shared_word(address):
+    """Four bytes of shared memory."""
+    return inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
+
+
+def shared_quad(address):
+    """Sixteen bytes of shared memory, as four words."""
+    return inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def permute(word, selector):
+    """Bytes of a word by PRMT's selector; 4 to 7 are zero."""
+    return inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, 0, {$r1};", write_only_types=[Uint32], read_only_args=[word, Uint32(selector)]
+    )
+
+
+def multiply_bf16x2(a, b):
+    """Two bf16 products; subnormals are kept."""
+    return inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def scale_bf16x2(a, constant):
+    """Both lanes times a constant, which PTX wants in a register here."""
+    return inline_ptx(
+        f"{{ .reg .b32 c; mov.b32 c, {constant:#x}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, c; }}",
+        write_only_types=[Uint32],
+        read_only_args=[a],
+    )
+
+
+def rotate_right(word, bits):
+    """A rotation."""
+    return inline_ptx(
+        "shf.r.wrap.b32 {$w0}, {$r0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[word, Uint32(bits)]
+    )
+
+
+def pack_bf16x2(low, high):
+    """Two floats, each rounded to bf16 once."""
+    return inline_ptx("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high])
+
+
+def transpose_8x8(word):
+    """An 8x8 matrix of 16-bit values held by a warp, two of a row a lane, transposed."""
+    return inline_ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[word]
+    )
+
+
+def reciprocal(value):
+    """``1 / value`` to one ulp; results below 2^-126 are zero."""
+    return inline_ptx("rcp.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def exponential2(value):
+    """``2^value`` to two ulp."""
+    return inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+
+
+def minimum(a, b):
+    """The smaller one; a NaN in either is the result."""
+    return inline_ptx("min.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def maximum(a, b):
+    """The larger one; a NaN in either is the result."""
+    return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def wide(value):
+    """A 32-bit index as a 64-bit address offset."""
+    return Int64(value)

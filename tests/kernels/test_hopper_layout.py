@@ -1,0 +1,93 @@
+"""The Hopper layout on a CPU: bijections, and the decoding that the kernel's instructions do, in integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4.kernels.hopper.layout import (
+    BLOCK_BYTES,
+    CODE_BYTES,
+    from_image,
+    k_order,
+    matrix_bytes,
+    pack_matrix,
+    row_order,
+    to_image,
+    unpack_matrix,
+)
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def random_matrix(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scales = torch.randint(0, 0x7F, (n, k // 16), dtype=torch.uint8)
+    return codes, scales
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (256, 384)])
+def test_packing_is_a_bijection(n: int, k: int, gated: bool) -> None:
+    """Unpacking gives every code and scale back, and the packed bytes are no more than the codes and scales need."""
+    codes, scales = random_matrix(n, k)
+    packed = pack_matrix(codes, scales, gated)
+    assert packed.numel() == matrix_bytes(n, k) == n * k // 2 + n * k // 16
+    back_codes, back_scales = unpack_matrix(packed, n, k, gated)
+    assert torch.equal(back_codes, codes)
+    assert torch.equal(back_scales, scales)
+
+
+def test_orders_are_permutations() -> None:
+    """No value of K and no row is lost or doubled."""
+    assert k_order().sort().values.tolist() == list(range(64))
+    for gated in (False, True):
+        assert row_order(256, gated).sort().values.tolist() == list(range(256))
+
+
+def test_images_are_bijections() -> None:
+    """Rows come back from their image, for a tile of any multiple of eight rows."""
+    for tile in (8, 24):
+        rows = torch.randn(3 * tile, 128).bfloat16()
+        assert torch.equal(from_image(to_image(rows, tile)), rows)
+
+
+def test_a_thread_multiplies_what_wgmma_pairs() -> None:
+    """The product of decoded fragments, placed by wgmma's own operand layout, with the image's tokens is the product
+    of the matrix with the tokens: the definition of the layout, from PTX's figures and not from the packing code."""
+    n, k, tokens = 128, 256, 8
+    codes, scales = random_matrix(n, k)
+    scales = scales % 0x48
+    packed = pack_matrix(codes, scales, gated=False).view(n // 64, k // 128, BLOCK_BYTES)
+    x = torch.randint(-8, 8, (tokens, k)).double()
+    image = to_image(x.bfloat16(), tokens)[0].double()  # [k/64, tokens, 64]
+    result = torch.zeros(n, tokens, dtype=torch.float64)
+    masks = 0x81C081C0
+    for m in range(n // 64):
+        for block in range(k // 128):
+            words = packed[m, block, :CODE_BYTES].view(torch.int32).view(2, 128, 4).long() & 0xFFFFFFFF
+            sf = packed[m, block, CODE_BYTES:].view(128, 2, 2).view(torch.float8_e4m3fn).double()
+            for half in range(2):
+                a = torch.zeros(64, 64, dtype=torch.float64)
+                for thread in range(128):
+                    warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+                    for step in range(4):
+                        w = int(words[half, thread, step])
+                        registers = (
+                            w & masks,
+                            (w >> 3 | w << 29) & masks,
+                            (w >> 6 | w << 26) & masks,
+                            ((w & 0x1B001B) * 0x4108) & masks,
+                        )
+                        for r, register in enumerate(registers):
+                            for lane in range(2):
+                                bits = register >> (16 * lane) & 0xFFFF
+                                code = bits >> 6 & 7 | bits >> 12 & 8
+                                # PTX, "Register Fragments" of wgmma .m64nNk16, matrix A.
+                                row, column = 16 * warp + g + 8 * (r % 2), 16 * step + 2 * t + lane + 8 * (r // 2)
+                                a[row, column] = E2M1[code] * sf[thread, half, r % 2]
+                line = image[2 * block + half].view(tokens, 8, 8)
+                chunks = torch.stack([line[i, [c ^ (i % 8) for c in range(8)]] for i in range(tokens)])
+                result[64 * m : 64 * m + 64] += a @ chunks.reshape(tokens, 64).T
+    decoded = E2M1[codes.long()] * scales.view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
+    assert torch.equal(result, decoded @ x.T)

@@ -1,0 +1,69 @@
+"""The self-check that a GPU backend must pass, on backends that are wrong in known ways; it needs no GPU itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4.backends import proof
+from dsv4.backends.reference import ReferenceBackend
+
+CPU = torch.device("cpu")
+
+
+class NeighboursScale(ReferenceBackend):
+    """Quantizes the operand of GEMM 2 under another expert's static scale."""
+
+    def run(self, packed: Any, call: Any, scratch: Any, out: Any) -> None:
+        if call.input_scales is not None:
+            call = replace(call, input_scales=replace(call.input_scales, l2=call.input_scales.l2.roll(1)))
+        super().run(packed, call, scratch, out)
+
+
+class Forgetful(ReferenceBackend):
+    """Leaves the last token out."""
+
+    def run(self, packed: Any, call: Any, scratch: Any, out: Any) -> None:
+        super().run(packed, call, scratch, out)
+        out[-1] = torch.nan
+
+
+class OutOfMemory(ReferenceBackend):
+    """Finds no memory."""
+
+    def run(self, packed: Any, call: Any, scratch: Any, out: Any) -> None:
+        raise torch.OutOfMemoryError
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch, tmp_path):
+    """A short check, of which nothing is left behind."""
+    monkeypatch.setattr(proof, "_TOKENS", (1, 5))
+    monkeypatch.setattr(proof, "_key", lambda device: "key")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path
+    proof.prove.cache_clear()
+
+
+@pytest.mark.parametrize(("backend", "name"), [(NeighboursScale, "W4A4, static scales"), (Forgetful, "W4A16")])
+def test_a_wrong_backend_fails(backend, name):
+    """The verdict names the configuration that is wrong, and stands on disk."""
+    verdict = proof.prove(backend, CPU)
+    assert not verdict.usable
+    assert verdict.reason.startswith(f"self-check failed: {name}, 1 tokens")
+    assert proof.known(backend, CPU) == verdict
+
+
+def test_a_right_backend_passes():
+    """The reference agrees with itself."""
+    assert proof.prove(ReferenceBackend, CPU).usable
+
+
+def test_too_little_memory_is_no_verdict(few_tokens):
+    """Other work on the GPU may take its memory for a while: that must not condemn a backend for good."""
+    with pytest.raises(torch.OutOfMemoryError):
+        proof.prove(OutOfMemory, CPU)
+    assert proof.known(OutOfMemory, CPU) is None
