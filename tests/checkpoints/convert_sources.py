@@ -1,20 +1,27 @@
 """Checkpoints to convert, in each readable format, with all that is not a routed expert; and their raw bytes.
 
-Written with safetensors and json alone.
+Sources are written with safetensors and json alone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv4.checkpoints.conversion import convert
+
 from . import make
 
 LAYERS = (0, 2)
+STATIC = ("modelopt", "compressed-tensors")
+"""The kinds that have input scales."""
+
 KINDS = ("dense", "dense-fused", "mxfp4", "modelopt", "compressed-tensors")
 
 FP8_SECTION = {
@@ -161,3 +168,36 @@ def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes, st
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def convert_freely(source, target, kind: str = "", **options):
+    """Convert; a source without input scales goes without them."""
+    if kind not in STATIC and "calibration" not in options:
+        options.setdefault("activations", "dynamic")
+    return convert(source, target, **options)
+
+
+def failing_after(calls: int, code: int = errno.ENOSPC):
+    """``os.pwrite`` on a disk that fills up: half of one write, then nothing more."""
+    real, count = os.pwrite, 0
+
+    def pwrite(handle, data, offset):
+        nonlocal count
+        count += 1
+        if count == calls and len(data) > 1:
+            return real(handle, bytes(data)[: len(data) // 2], offset)
+        if count > calls:
+            raise OSError(code, os.strerror(code))
+        return real(handle, data, offset)
+
+    return pwrite
+
+
+def overwrite(file, name: str, data: bytes) -> None:
+    """Replace the bytes of one tensor in its file."""
+    raw = bytearray(file.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    start, end = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+    assert end - start == len(data)
+    raw[8 + length + start : 8 + length + end] = data
+    file.write_bytes(raw)
