@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench train clean
+.PHONY: demo test test-all test-convert lint bench train clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
+
+# Conversions killed a hundred times, at random points.
+test-convert: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/checkpoints/test_convert_interrupted.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
