@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-convert lint bench train clean
+.PHONY: demo test test-all test-convert fuzz lint bench train clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py
@@ -19,6 +19,10 @@ test-all: $(STAMP)
 # Conversions killed a hundred times, at random points.
 test-convert: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/checkpoints/test_convert_interrupted.py
+
+# Hostile checkpoints, 100,000 of them (minutes); a failure names its seed: make fuzz FUZZ="--first SEED --count 1".
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m checkpoints.fuzz $(FUZZ)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

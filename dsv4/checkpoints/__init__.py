@@ -6,6 +6,20 @@
         weights = checkpoint.load_layer(3, range(0, 64), device="cuda")
     moe.prepare_weights_from_stacked(**weights.prepare_arguments())
 
+``files``        which files make up a checkpoint
+``header``       what is in a safetensors file, read strictly
+``source``       named tensors over these files
+``naming``       how experts' tensors are called
+``index``        layer -> expert -> tensors
+``base``         what a format is, and what it gives back
+``modelopt``     a format: one file each
+``checks``       what formats check alike
+``dense``        floating-point experts, quantized
+``stacking``     experts into a layer's tensors, and what a missing activation scale means
+``quantization`` what the configuration files say
+``checkpoint``   all of it together
+===============  =====================================================================================================
+=======
 ======================  ==============================================================================================
 ``files``, ``hub``      which files make up a checkpoint, here or on the Hub
 ``source``              named tensors over these files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from dsv4.checkpoints.base import ExpertFormat, ExpertShape, ExpertWeights, LayerWeights, MissingScalePolicy
+from dsv4.checkpoints.checks import check_decodable
 from dsv4.checkpoints.compressed_tensors import CompressedTensorsNvfp4
 from dsv4.checkpoints.dense_format import DenseExperts
 from dsv4.checkpoints.files import locate, read_json
@@ -18,6 +20,7 @@ from dsv4.checkpoints.hub import resolve
 from dsv4.checkpoints.index import ExpertIndex, ExpertLocation
 from dsv4.checkpoints.modelopt import ModelOptNvfp4
 from dsv4.checkpoints.mxfp4 import Mxfp4
+from dsv4.checkpoints.naming import PROJECTIONS
 from dsv4.checkpoints.progress import progress_bar
 from dsv4.checkpoints.quantization import QuantizationInfo, read_quantization
 from dsv4.checkpoints.source import TensorSource
@@ -113,7 +116,10 @@ class Checkpoint:
         Raises:
             CheckpointError: as :meth:`load_layer`; unusable input scales are marked, not refused.
         """
-        return self.format.read_expert(self.source, self._index.location(layer, expert), torch.device(device))
+        location = self._index.location(layer, expert)
+        weights = self.format.read_expert(self.source, location, torch.device(device))
+        check_decodable(self.source, location, {name: weights.projection(name) for name in PROJECTIONS})
+        return weights
 
     def load_layer(
         self,
@@ -188,6 +194,12 @@ class Checkpoint:
         policy: MissingScalePolicy,
         advance: Callable[[], None],
     ) -> LayerWeights:
+        for expert in ids:
+            # Before anything is allocated: one expert's size times the number of small ones may be any size at all.
+            location = self._index.location(layer, expert)
+            shape = self.format.shape(self.source, location)
+            if shape != self.shape:
+                raise CheckpointError(f"{self.folder}: {location}: found {shape}; expected {self.shape} as elsewhere")
         # A converted checkpoint says what was decided for it; then no scale is missing, and nothing is to be warned of.
         recorded = self.quantization.activations
         decided = policy == "error" and recorded in ("weight-only", "dynamic")
@@ -245,15 +257,19 @@ class Checkpoint:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a positive integer, found {value!r}")
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key} must be a positive integer, found {value!r:.80}"
+            )
         return value
 
     def _limit(self) -> float | None:
         key, value = self._config_value(("swiglu_limit",))
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a positive number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key} must be a positive number, found {value!r:.80}"
+            )
         return float(value)
 
     def _check_config_shape(self, location: ExpertLocation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from dsv4 import weights
@@ -12,16 +13,17 @@ from dsv4.checkpoints.base import ExpertShape
 from dsv4.checkpoints.index import ExpertLocation
 from dsv4.checkpoints.source import TensorInfo, TensorSource
 from dsv4.errors import CheckpointError, InputError
+from dsv4.nvfp4 import GS_DIVISOR, Nvfp4Tensor
 
 
 def require(source: TensorSource, location: ExpertLocation, projection: str, suffix: str) -> TensorInfo:
     """The header entry of a tensor that must be there."""
     name = location.tensors.get((projection, suffix))
     if name is None:
-        present = sorted({source[other].file.name for other in location.tensors.values()})
+        present = sorted({str(source[other].file) for other in location.tensors.values()})
         raise CheckpointError(
             f"{', '.join(present)}: {location}: tensor {location.expected_name(projection, suffix)!r} is missing; "
-            f"found {sorted(location.tensors.values())}"
+            f"found {sorted(location.tensors.values())[:16]}"
         )
     return source[name]
 
@@ -105,3 +107,18 @@ def scale_problem(info: TensorInfo, value: float) -> str:
     if math.isfinite(value) and value > 0:
         return ""
     return f"{info}: found {value}; a scale must be positive and finite"
+
+
+def check_decodable(source: TensorSource, location: ExpertLocation, matrices: Mapping[str, Nvfp4Tensor]) -> None:
+    """Refuse global scales under which the largest code and block scale would decode to an Inf in fp32.
+
+    ``matrices``: projection -> NVFP4 with a 0-d global scale.
+    """
+    limit = torch.finfo(torch.float32).max / GS_DIVISOR
+    for projection, matrix in matrices.items():
+        if not 0 < float(matrix.gs) <= limit:
+            files = sorted({str(source[name].file) for name in location.tensors.values()})
+            raise CheckpointError(
+                f"{', '.join(files)}: {location}, {projection}: the global scale is {float(matrix.gs)}; expected a "
+                f"positive one of {limit:.3g} at most, beyond which values decode to Inf"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from dsv4.checkpoints.naming import FAMILIES, NameFamily, parse
@@ -11,6 +12,7 @@ from dsv4.checkpoints.source import TensorSource
 from dsv4.errors import CheckpointError
 
 _SHOWN = 8  # ids listed in a message before "..."
+_MAX_EXPERTS = 100_000  # what the five digits of a per-expert name can tell apart
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,17 @@ class ExpertIndex:
             experts = self._layers[layer].experts
             if len(experts) == expected and max(experts) < expected:
                 continue
-            missing = [expert for expert in range(expected) if expert not in experts]
+            # Found lazily: what a configuration states may be any number.
+            missing = list(islice((expert for expert in range(expected) if expert not in experts), _SHOWN + 1))
             beyond = sorted(expert for expert in experts if expert >= expected)
             why = "the configuration says" if num_experts is not None else "the largest id of any layer implies"
             raise CheckpointError(
                 f"{self._folder}: layer {layer} has {len(experts)} experts where {why} {expected}: "
-                + (f"missing {shown(missing)}" if missing else f"unexpected {shown(beyond)}")
+                + (
+                    f"missing {shown(missing, expected - len(experts) + len(beyond))}"
+                    if missing
+                    else f"unexpected {shown(beyond)}"
+                )
             )
         return expected
 
@@ -134,7 +141,7 @@ class ExpertIndex:
         entry = self._layers.setdefault(parsed.layer, _Layer(parsed.family, parsed.prefix))
         if (entry.family, entry.prefix) != (parsed.family, parsed.prefix):
             raise CheckpointError(
-                f"{self._folder}: tensor {name!r} names an expert of layer {parsed.layer} in the way of "
+                f"{self._folder}: tensor {name!r:.300} names an expert of layer {parsed.layer} in the way of "
                 f"{parsed.family.name!r} with prefix {parsed.prefix!r}, other tensors of this layer follow "
                 f"{entry.family.name!r} with prefix {entry.prefix!r}; expected one way"
             )
@@ -148,16 +155,17 @@ class ExpertIndex:
     def _expand_fused(self, source: TensorSource, layer: int, entry: _Layer) -> None:
         """A fused layer's experts are the rows of its tensors."""
         counts = {name: source[name].shape[0] if source[name].shape else 0 for name in entry.fused.values()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
+        if len(set(counts.values())) != 1 or not 0 < min(counts.values()) <= _MAX_EXPERTS:
             raise CheckpointError(
-                f"{self._folder}: layer {layer}: fused expert tensors must agree on a first dimension of at least 1, "
-                f"found {counts}"
+                f"{self._folder}: layer {layer}: fused expert tensors must agree on a first dimension of 1 to "
+                f"{_MAX_EXPERTS}, found {counts}"
             )
         entry.experts = dict.fromkeys(range(next(iter(counts.values()))), entry.fused)
 
 
-def shown(ids: Iterable[int]) -> str:
-    """Ids for a message: all of a few, the first ones of many."""
+def shown(ids: Iterable[int], count: int | None = None) -> str:
+    """Ids for a message: all of a few, the first ones of many. ``count`` is how many there are if not all are given."""
     ids = list(ids)
+    count = len(ids) if count is None else count
     head = ", ".join(str(i) for i in ids[:_SHOWN])
-    return f"[{head}]" if len(ids) <= _SHOWN else f"[{head}, ...] ({len(ids)} in all)"
+    return f"[{head}]" if count <= _SHOWN else f"[{head}, ...] ({count} in all)"

@@ -76,8 +76,8 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationIn
         for where, size in _nvfp4_group_sizes(section):
             if size != BLOCK:
                 raise CheckpointError(
-                    f"{file}: {where} is {size!r}; NVFP4 has {BLOCK} values to a block scale, and nothing else is "
-                    f"supported"
+                    f"{file}: {where:.200} is {size!r:.80}; NVFP4 has {BLOCK} values to a block scale, and nothing "
+                    f"else is supported"
                 )
             group_size = BLOCK
     return QuantizationInfo(method, algorithm, group_size, activations)

@@ -7,7 +7,6 @@ so that a tensor read from here is a view of the file: reading costs no memory o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,27 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv4.checkpoints.files import CheckpointFiles
+from dsv4.checkpoints.header import TensorInfo, read_header
 from dsv4.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says about one tensor.
-
-    Attributes:
-        name: the full tensor name.
-        file: the file that holds it.
-        shape: its dimensions.
-        dtype: safetensors' name of the dtype: ``"U8"``, ``"F8_E4M3"``, ``"F32"``, ``"BF16"``, ...
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: tensor {self.name!r}"
 
 
 class TensorSource(Mapping[str, TensorInfo]):
@@ -60,7 +40,7 @@ class TensorSource(Mapping[str, TensorInfo]):
             info = self._infos.get(name)
             if info is None or info.file != file:
                 found = "no file has it" if info is None else f"it is in {info.file}"
-                raise CheckpointError(f"{file}: the index places tensor {name!r} in this file, but {found}")
+                raise CheckpointError(f"{file}: the index places tensor {name!r:.300} in this file, but {found}")
 
     @classmethod
     def open(cls, files: CheckpointFiles) -> TensorSource:
@@ -81,8 +61,8 @@ class TensorSource(Mapping[str, TensorInfo]):
         info = self._infos[name]
         try:
             tensor: Tensor = self._handle(info.file).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{info}: cannot be read as {info.dtype} ({error})") from error
+        except (SafetensorError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{info}: cannot be read as {info.dtype} ({_one_line(error)})") from error
         return tensor
 
     def slice(self, name: str) -> Any:
@@ -107,19 +87,24 @@ class TensorSource(Mapping[str, TensorInfo]):
             try:
                 handle = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+                raise CheckpointError(f"{file}: not a readable safetensors file ({_one_line(error)})") from error
             self._handles[file] = handle
         return handle
 
     def _read_header(self, file: Path) -> None:
-        handle = self._handle(file)
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+        for name, info in read_header(file).items():
             if name in self._infos:
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} is also in {self._infos[name].file}; expected every tensor in one file"
+                    f"{file}: tensor {name!r:.300} is also in {self._infos[name].file}; expected every tensor in one "
+                    f"file"
                 )
-            entry = handle.get_slice(name)
-            self._infos[name] = TensorInfo(name, file, tuple(entry.get_shape()), entry.get_dtype())
+            self._infos[name] = info
+
+
+def _one_line(error: Exception) -> str:
+    """What the library says, on one line and without what a terminal would obey: it quotes the file."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(char if char.isprintable() else "?" for char in text[:500])
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

@@ -108,9 +108,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer that Transformers can load; expected tokenizer.json") from error
+        # Never code that comes with the checkpoint: without an answer, Transformers would ask the terminal.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any kind, tokenizers' own (a bare Exception) included
+        raise CheckpointError(
+            f"{folder}: no tokenizer that Transformers can load ({type(error).__name__}); expected a sound "
+            f"tokenizer.json"
+        ) from error
     return tokenizer
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dsv4.checkpoints import Checkpoint
 from dsv4.checkpoints.source import torch_dtype
-from dsv4.errors import CheckpointError, ConfigError
+from dsv4.errors import CheckpointError, ConfigError, Dsv4Error
 from dsv4.integrations.hf_experts import IMPLEMENTATION, ExpertsModule, find_experts, strip
 
 
@@ -29,7 +33,10 @@ def load_without_experts(
     """
     if "model_type" not in checkpoint.config:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: expected a model configuration with 'model_type'")
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    _check_num_layers(checkpoint)
+    with _reading(checkpoint.folder / "config.json"):
+        # Never code that comes with the checkpoint: without an answer, Transformers would ask the terminal.
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     rest = _rest_quantization(checkpoint)
@@ -48,15 +55,17 @@ def load_without_experts(
     # Transformers looks at a model class's name and module, so the subclass bears those of the original.
     names = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
     stripped: Any = type(original.__name__, (original,), {**names, "__init__": init})
-    model, info = stripped.from_pretrained(
-        None,
-        config=config,
-        state_dict={name: checkpoint.source.slice(name) for name in checkpoint.other_tensors()},
-        dtype=_rest_dtype(checkpoint, config) if dtype == "auto" else dtype,
-        experts_implementation=IMPLEMENTATION,
-        output_loading_info=True,
-        **kwargs,
-    )
+    rest_dtype = _rest_dtype(checkpoint, config) if dtype == "auto" else dtype
+    with _reading(checkpoint.path):
+        model, info = stripped.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: checkpoint.source.slice(name) for name in checkpoint.other_tensors()},
+            dtype=rest_dtype,
+            experts_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+            **kwargs,
+        )
     model.__class__ = original
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -66,8 +75,60 @@ def load_without_experts(
     _settle_norms(model)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config = _generation_config(checkpoint.folder)
     return model, found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What Transformers raises about a checkpoint's files, of whatever kind, is an error of the checkpoint."""
+    try:
+        yield
+    except (Dsv4Error, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path}: Transformers cannot load it ({type(error).__name__}: {first:.500})") from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """``generation_config.json``, of the right types: Transformers looks at them only when text is generated.
+
+    Whole numbers are taken for temperatures and the like, which Transformers refuses; a temperature of 0 is greedy.
+    """
+    file = folder / "generation_config.json"
+    with _reading(file):
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    for key, most in (("temperature", math.inf), ("repetition_penalty", math.inf), ("top_p", 1.0)):
+        value = getattr(config, key, None)
+        if value is None:
+            continue
+        number = float(value) if type(value) in (int, float) and abs(value) < 1e9 else math.nan
+        if key == "temperature" and number == 0:
+            config.do_sample, number = False, 1.0
+        if not 0 < number <= most:
+            raise CheckpointError(f"{file}: {key} must be a positive number, {most:g} at most, found {value!r:.80}")
+        setattr(config, key, number)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int or abs(token) >= 2**31 for token in ids):
+            raise CheckpointError(f"{file}: {key} must be a token id, or a list of them, found {value!r:.80}")
+    return config
+
+
+def _check_num_layers(checkpoint: Checkpoint) -> None:
+    """Refuse more layers than the tensors have: Transformers makes a module, or a list entry, for every one."""
+    names = (re.search(r"(?:^|\.)layers\.(\d{1,5})\.", name) for name in checkpoint.source)
+    there = 1 + max((int(match[1]) for match in names if match), default=0)
+    nested = checkpoint.config.get("text_config")
+    for section in (checkpoint.config, nested if isinstance(nested, dict) else {}):
+        stated = section.get("num_hidden_layers")
+        if stated is not None and (type(stated) is not int or not 0 < stated <= there):
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: num_hidden_layers is {stated!r:.80}, but the tensors are those "
+                f"of {there} layers"
+            )
 
 
 def _causal_lm_class(config: Any) -> type[PreTrainedModel]:
