@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all fuzz lint bench train clean
+.PHONY: demo test test-all test-convert fuzz lint bench train clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
+
+# Conversions killed a hundred times, at random points.
+test-convert: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/checkpoints/test_convert_interrupted.py
 
 # Hostile checkpoints, 100,000 of them (minutes); a failure names its seed: make fuzz FUZZ="--first SEED --count 1".
 fuzz: $(STAMP)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -137,7 +137,8 @@ class Checkpoint:
             experts: the global ids to read, in the order of the result's rows: a ``range`` or a list, without
                 repeats. None reads all. An expert-parallel rank passes its own.
             on_missing_input_scale: what to do where an expert's ``input_scale`` is missing, zero, negative, NaN or
-                Inf. ``"error"`` raises; ``"weight-only"`` and ``"dynamic"`` leave out all input scales of the layer,
+                Inf. ``"error"`` raises, unless the configuration records one of the next two (as ``dsv4 convert``
+                does); ``"weight-only"`` and ``"dynamic"`` leave out all input scales of the layer,
                 say so in ``notes`` (and in the log), and set ``activation_format`` and ``activation_scale`` of the
                 result to W4A16 or to scales per token. ``"ignore"`` leaves them out without a word.
             progress: draw a progress bar (needs rich).
@@ -199,16 +200,19 @@ class Checkpoint:
             shape = self.format.shape(self.source, location)
             if shape != self.shape:
                 raise CheckpointError(f"{self.folder}: {location}: found {shape}; expected {self.shape} as elsewhere")
+        # A converted checkpoint says what was decided for it; then no scale is missing, and nothing is to be warned of.
+        recorded = self.quantization.activations
+        decided = policy == "error" and recorded in ("weight-only", "dynamic")
         weights = stack_experts(
             layer,
             ids,
             self.shape,
             lambda expert: self.read_expert(layer, expert, device),
             device=device,
-            on_missing_input_scale=policy,
+            on_missing_input_scale=cast(MissingScalePolicy, recorded) if decided else policy,
             advance=advance,
         )
-        for note in weights.notes:
+        for note in () if decided else weights.notes:
             _log.warning("%s: layer %d: %s", self.path, layer, note)
         return weights
 

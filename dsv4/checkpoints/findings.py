@@ -32,8 +32,6 @@ INPUT_RATIO_LIMIT = 100.0
 WEIGHT_LIMIT = 1000.0
 """Weights of trained models are far below; a reciprocal global scale gives values far above."""
 
-_ACTIVATIONS_KEY = "moe_activations"  # of ``quantization_config``: what ``dsv4 convert`` writes beside the experts
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -124,8 +122,7 @@ def _missing_input_scales(checkpoint: Checkpoint, layers: Sequence[LayerStatisti
     where = tuple(layer for layer, experts in without.items() if experts)
     remedy = "W4A4 with static scales is not possible; W4A16 and scales per token are"
     if not there:
-        section = checkpoint.config.get("quantization_config")
-        chosen = section.get(_ACTIVATIONS_KEY) if isinstance(section, dict) else None
+        chosen = checkpoint.quantization.activations
         if chosen in ("weight-only", "dynamic"):
             yield Finding("note", "no-input-scales", f"no expert has input scales, by choice ({chosen!r}): {remedy}")
         elif any(layer.scaled for layer in layers):

@@ -18,6 +18,10 @@ from dsv4.errors import CheckpointError
 from dsv4.nvfp4 import BLOCK
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+ACTIVATIONS_KEY = "moe_activations"
+"""In ``quantization_config``, written by ``dsv4 convert``: whether the experts have input scales (``"static"``), and if
+not, whether they are W4A16 (``"weight-only"``) or quantize activations with a scale a token (``"dynamic"``)."""
+_ACTIVATIONS = ("static", "weight-only", "dynamic")
 _NVFP4 = "NVFP4"
 _COMPRESSED_TENSORS = "nvfp4-pack-quantized"
 
@@ -30,11 +34,14 @@ class QuantizationInfo:
         method: ``quant_method`` (``"fp8"``, ``"modelopt"``, ...), "" where not stated.
         expert_algorithm: the algorithm of the routed experts (``"NVFP4"``, ...), "" where not stated.
         group_size: values that share a block scale, None where not stated.
+        activations: ``"static"``, ``"weight-only"`` or ``"dynamic"`` where :data:`ACTIVATIONS_KEY` says how the experts
+            are to be run, "" where it is not there.
     """
 
     method: str = ""
     expert_algorithm: str = ""
     group_size: int | None = None
+    activations: str = ""
 
 
 def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationInfo:
@@ -51,7 +58,7 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationIn
         (folder / "config.json", config.get("quantization_config")),
         (folder / HF_QUANT_CONFIG, read_json(folder / HF_QUANT_CONFIG).get("quantization")),
     ]
-    method = algorithm = ""
+    method = algorithm = activations = ""
     group_size: int | None = None
     for file, section in sections:
         if section is None:
@@ -60,6 +67,12 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationIn
             raise CheckpointError(f"{file}: the quantization entry must be an object, found {section!r:.80}")
         method = method or str(section.get("quant_method") or "")
         algorithm = algorithm or _expert_algorithm(section)
+        stated = section.get(ACTIVATIONS_KEY)
+        if stated is not None and stated not in _ACTIVATIONS:
+            raise CheckpointError(
+                f"{file}: {ACTIVATIONS_KEY} must be one of {list(_ACTIVATIONS)}, found {stated!r:.80}"
+            )
+        activations = activations or str(stated or "")
         for where, size in _nvfp4_group_sizes(section):
             if size != BLOCK:
                 raise CheckpointError(
@@ -67,7 +80,7 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> QuantizationIn
                     f"else is supported"
                 )
             group_size = BLOCK
-    return QuantizationInfo(method, algorithm, group_size)
+    return QuantizationInfo(method, algorithm, group_size, activations)
 
 
 def _expert_algorithm(section: Mapping[str, Any]) -> str:

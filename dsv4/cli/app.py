@@ -13,6 +13,7 @@ from dsv4 import __version__
 from dsv4.cli._output import print_json
 from dsv4.cli.bench import bench
 from dsv4.cli.compile import compile_kernels
+from dsv4.cli.convert import convert
 from dsv4.cli.doctor import doctor
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
@@ -71,6 +72,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(doctor)
 app.command()(bench)
+app.command()(convert)
 app.command()(inspect)
 app.command()(verify)
 app.command("compile")(compile_kernels)

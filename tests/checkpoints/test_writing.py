@@ -132,3 +132,25 @@ def test_fused_names_parse():
     parsed = parse("model.layers.4.mlp.experts.gate_up_proj")
     assert parsed is not None
     assert (parsed.layer, parsed.expert, parsed.projection, parsed.suffix) == (4, None, "gate_up", "")
+
+
+@pytest.mark.parametrize("four_over_six", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_experts_quantized_in_slabs_are_quantized_as_one(four_over_six, rows):
+    """Whatever the number of rows, an expert's bytes are those of its matrices quantized in one piece."""
+    g = torch.Generator().manual_seed(rows)
+    hidden, inter = 4096, 16 * rows
+    gate, up = (torch.randn(inter, hidden, generator=g).bfloat16() for _ in range(2))
+    down = torch.randn(hidden, inter, generator=g)
+    expert = quantize_expert(gate, up, down, four_over_six=four_over_six)
+    both = Nvfp4Tensor.quantize(torch.cat((gate, up)), four_over_six=four_over_six)
+    whole = {
+        "gate": Nvfp4Tensor(both.codes[:inter], both.sf[:inter], both.gs),
+        "up": Nvfp4Tensor(both.codes[inter:], both.sf[inter:], both.gs),
+        "down": Nvfp4Tensor.quantize(down, four_over_six=four_over_six),
+    }
+    for name, expected in whole.items():
+        found = expert.projection(name)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.sf.view(torch.uint8), expected.sf.view(torch.uint8))
+        assert torch.equal(found.gs, expected.gs)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import dsv4
 from dsv4.cli import app as command_line
-from dsv4.cli import bench, compile, doctor, generate, inspect, verify
+from dsv4.cli import bench, compile, convert, doctor, generate, inspect, verify
 from dsv4.cli.app import app
 from dsv4.errors import ConfigError
 
@@ -123,6 +123,7 @@ def test_every_command_has_json():
     assert {info.callback for info in app.registered_commands} == {
         bench.bench,
         compile.compile_kernels,
+        convert.convert,
         doctor.doctor,
         generate.generate,
         inspect.inspect,
