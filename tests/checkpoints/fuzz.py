@@ -136,7 +136,13 @@ def run(seeds: Sequence[int], root: Path) -> Tally:
     around = sorted(os.listdir(root))
     for seed in seeds:
         case = hostile(seed)
-        accepted, wrong = problem(case.folder, path, outside, ORACLES[case.maker.name], single=len(case.steps) == 1)
+        accepted, wrong = problem(
+            case.folder,
+            path,
+            outside,
+            ORACLES[case.maker.name],
+            single=len(case.steps) == 1 and case.steps[0] not in BLIND,
+        )
         shutil.rmtree(path)
         if sorted(os.listdir(root)) != around:
             wrong = wrong or f"something was written beside the folder: {sorted(os.listdir(root))}"
@@ -230,8 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         pending = {pool.submit(_limited, chunk): chunk for chunk in chunks}
         for future in as_completed(pending):
-            if future.cancelled():
-                continue
             try:
                 tally.add(future.result())
             except Exception as error:  # a crash: every chunk that was running is suspect, and named
@@ -241,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"\r{tally.total} of {len(seeds)}, {tally.total / seconds:.0f}/s", end="", file=sys.stderr, flush=True
             )
             if options.seconds and seconds > options.seconds:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
     print(file=sys.stderr)
     for text in tally.failures.values():
         print(text, file=sys.stderr)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from .hostile_folder import MAKERS, Folder, Maker, build
 from .hostile_mutations import MUTATIONS
+
+# What a mutation may raise over a folder that an earlier one has damaged.
+DOES_NOT_APPLY = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,7 @@ def hostile(seed: int, makers: Sequence[Maker] = MAKERS) -> Hostile:
         before = dict(folder)
         try:
             mutation(rng, folder)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ):  # does not apply to this folder (any more)
+        except DOES_NOT_APPLY:
             folder.clear()
             folder.update(before)
             continue

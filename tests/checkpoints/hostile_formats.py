@@ -23,7 +23,7 @@ E4M3[127] = np.nan
 def _only(expert: Expert, suffixes: tuple[str, ...]) -> None:
     for (projection, suffix), name in expert.items():
         if suffix not in suffixes or projection not in PROJECTIONS:
-            raise Refuse(f"{projection} has an unknown {suffix!r}", name)
+            raise Refuse(f"{name!r:.80}: {projection} has an unknown {suffix!r}")
 
 
 def _required(expert: Expert, projection: str, suffix: str) -> str:

@@ -12,6 +12,7 @@ import math
 import posixpath
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -241,7 +242,7 @@ def _tensors(folder: Folder, doubts: list[str]) -> dict[str, Stored]:
             doubts.append(f"shard {file!r}")
         for name, tensor in shard(_content(folder, plain), doubts).items():
             if name in tensors:
-                raise Refuse("a tensor in two files", name)
+                raise Refuse("a tensor in two files")
             tensors[name] = tensor
             place[name] = file
     for name, file in weight_map.items():
@@ -301,7 +302,7 @@ def _numbers(
             doubts.append(f"{key} {stated}")
     limit = config.get("swiglu_limit")
     if limit is not None and (
-        isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1.8e308
+        isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= sys.float_info.max
     ):
         raise Refuse(f"config.json: swiglu_limit {limit!r:.80}")
     top_k = config.get("num_experts_per_tok")

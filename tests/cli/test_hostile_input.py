@@ -161,3 +161,14 @@ def test_a_whole_process(tmp_path):
     assert result.stdout == ""
     assert result.stderr.startswith(f"error: {path / 'config.json'}: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_links_beside_a_checkpoint_that_is_converted(tmp_path):
+    """A link out of the folder, one in a circle, a pipe: none is followed or copied, and none stops the conversion."""
+    path = copied(tmp_path, "config.json", {})
+    (tmp_path / "secret").write_text("secret")
+    os.symlink("../secret", path / "secret.txt")
+    os.symlink("circle.txt", path / "circle.txt")
+    os.mkfifo(path / "pipe.txt")
+    assert not assert_orderly(run("convert", path, tmp_path / "out"), (0,))
+    assert not list((tmp_path / "out").glob("*.txt"))

@@ -360,7 +360,8 @@ def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ..
         name = file.relative_to(folder).as_posix()
         if file.is_dir() or file in shards or name in written or any(p.startswith(".") for p in name.split("/")):
             continue
-        if file.suffix == ".safetensors" or not any(file.resolve().is_relative_to(parent) for parent in inside):
+        real = Path(os.path.realpath(file))  # which, other than resolve(), does not raise for links in a circle
+        if file.suffix == ".safetensors" or not any(real.is_relative_to(parent) for parent in inside):
             left_out.append(name)
         elif file.is_file():
             others[name] = file
