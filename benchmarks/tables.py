@@ -121,12 +121,33 @@ def _peer_cell(times: dict[str, float], peer: str, ours: Sequence[str]) -> str:
     return f"{us:,.0f} (dsv4 {us / min(times[name] for name in same):.2f}x its speed)"
 
 
+_SOURCES = {"dense": "bf16", "mxfp4": "MXFP4"}
+
+
+def convert_table(document: dict[str, Any]) -> str:
+    """Markdown of ``convert.json``."""
+    rows = [["source", "converter", "MB/s of the source", "memory of its own"]]
+    for result in document["results"]:
+        size = f"{_SOURCES[result['kind']]}, {result['source']['bytes'] / 1e9:.1f} GB"
+        for run in result["runs"]:
+            name = "ModelOpt's functions" if run["name"] == "modelopt" else run["name"]
+            if "shards" in run:
+                name += f" ({run['shards']} of {result['source']['shards']} shards)"
+            rows.append([size, name, f"{run['source_mb_per_s']:.0f}", f"{run['peak_anonymous_bytes'] / 1e6:.0f} MB"])
+    source = (
+        f"Experts of V4-Flash's shape, the source in the page cache; {document['cpu']}, "
+        f"{count_of(document['cores'], 'core')}, torch {document['versions']['torch']}, commit {document['commit']}."
+    )
+    return f"{_markdown(rows)}\n\n{source}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:cpu_layer": ("cpu_layer.json", cpu_layer_table),
     "bench:cpu_layer_1_thread": ("cpu_layer_1_thread.json", cpu_layer_table),
     "bench:h200_v4_flash": ("h200_v4_flash.json", gpu_layer_table),
     "bench:h200_v4_flash_zipf": ("h200_v4_flash_zipf.json", gpu_layer_table),
     "bench:h200_v4_pro": ("h200_v4_pro.json", gpu_layer_table),
+    "bench:convert": ("convert.json", convert_table),
     "demo": ("demo.json", demo_table),
 }
 """Name in the opening comment -> JSON file, and what makes the table."""

@@ -140,3 +140,26 @@ def test_peers_are_compared_with_the_mode_that_computes_the_same(paths, tables):
     assert head[4:] == ["Humming W4A16, faster mode", "torch grouped_mm bf16 (products)", "vLLM emulation W4A4"]
     assert rows[0][2:] == ["100 (25%)", "50 (50%)", "80 (dsv4 0.80x its speed)", "-", "300 (dsv4 6.00x its speed)"]
     assert rows[1][2:] == ["200 (25%)", "-", "150 (dsv4 0.75x its speed)", "400 (dsv4 2.00x its speed)", "-"]
+
+
+def test_conversions(tmp_path, tables):
+    """A row for each converter of each source: its rate, its memory, and what part of the source it had."""
+    runs = [
+        {"name": "dsv4, jobs 2", "seconds": 1.0, "source_mb_per_s": 123.4, "peak_anonymous_bytes": 5_600_000},
+        {"name": "modelopt", "seconds": 1.0, "source_mb_per_s": 7.8, "peak_anonymous_bytes": 9_000_000, "shards": 2},
+    ]
+    document = {
+        "commit": "0123456789ab",
+        "cpu": "Abacus 9",
+        "cores": 2,
+        "versions": {"torch": "2.99"},
+        "results": [{"kind": "mxfp4", "source": {"bytes": 4_000_000_000, "shards": 8}, "runs": runs}],
+    }
+    (tmp_path / "convert.json").write_text(json.dumps(document))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:convert -->\n<!-- /bench -->\n")
+    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
+    text = readme.read_text()
+    assert "| MXFP4, 4.0 GB | dsv4, jobs 2 | 123 | 6 MB |" in text
+    assert "| MXFP4, 4.0 GB | ModelOpt's functions (2 of 8 shards) | 8 | 9 MB |" in text
+    assert "Abacus 9, 2 cores, torch 2.99, commit 0123456789ab" in text
