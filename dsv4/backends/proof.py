@@ -29,6 +29,10 @@ from dsv4.weights import MoEWeights
 TOLERANCE = 5e-3
 """Relative L2 between two backends: each may be 3e-3 from the exact result, in independent directions."""
 
+QUANTIZED_TOLERANCE = 5e-2
+"""The same in W4A4, where a code of the intermediate may differ next to a midpoint: of the 256 values of a call of one
+token, one that moves from 4 to 6 is 2e-2. A scale, a fragment or a row in a wrong place is far above either."""
+
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 64, 256, 128, 2
 _TOKENS = (1, 4, 48, 384, 768, 1536, 4096)
 """With 64 experts and 2 choices these reach every line of the backends' tables: tests/kernels compares them."""
@@ -56,10 +60,11 @@ def _check(backend: type[Backend], device: torch.device) -> Verdict:
     worst = 0.0
     for name, config in _configs():
         try:
+            tolerance = QUANTIZED_TOLERANCE if config.quantizes_activations else TOLERANCE
             for what, got, want in _results(backend, config, device):
                 error = ((got - want).norm() / want.norm()).item()
                 worst = max(worst, error)
-                if not error <= TOLERANCE:  # false for NaN too
+                if not error <= tolerance:  # false for NaN too
                     return Verdict(False, f"self-check failed: {name}, {what}: {error:.1e} from the reference")
         except torch.OutOfMemoryError:  # says nothing about the kernels, and is not kept
             raise
