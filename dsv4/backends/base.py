@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +102,18 @@ class Call:
     expert_map: Tensor | None = None
     num_valid_tokens: Tensor | None = None
     input_scales: InputScales | None = None
+
+
+def packing_parts(fp4: Tensor, sf: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A projection of all experts as a pack kernel takes it: ``(which experts, codes, scale bytes)``, on the device.
+
+    All at once where nothing has to be copied for that; else one expert at a time, which is the peak of memory then.
+    """
+    ready = fp4.device == device and fp4.is_contiguous() and sf.is_contiguous()
+    step = len(fp4) if ready else 1
+    for first in range(0, len(fp4), step):
+        part = slice(first, first + step)
+        yield part, fp4[part].to(device).contiguous(), sf[part].to(device).contiguous().view(torch.uint8)
 
 
 class Backend(Protocol):

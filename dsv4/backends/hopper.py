@@ -6,15 +6,14 @@ backend's, as is everything that only chooses scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import Call, Packed, Verdict
-from dsv4.backends.portable import PortableBackend, _dense
+from dsv4.backends.base import Call, Packed, Verdict, packing_parts
+from dsv4.backends.portable import PortableBackend
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.hopper.cache import dsl_version, lookup
 from dsv4.kernels.hopper.config import HopperConfig
@@ -104,17 +103,11 @@ class HopperBackend(PortableBackend):
     def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
         from dsv4.kernels.hopper.packing import pack
 
-        e = self.config.num_experts
         if into is None:
-            into = Packed.empty(e, self._expert_bytes, self.device)
+            into = Packed.empty(self.config.num_experts, self._expert_bytes, self.device)
         parts = ((0, True, weights.l1_fp4, weights.l1_sf), (self._l2_offset, False, weights.l2_fp4, weights.l2_sf))
         for offset, gated, fp4, sf in parts:
-            ready = fp4.device == self.device and fp4.is_contiguous() and sf.is_contiguous()
-            step = e if ready else 1  # else the peak is one expert above the result
-            for first in range(0, e, step):
-                part = slice(first, first + step)
-                codes = fp4[part].to(self.device).contiguous()
-                scales = sf[part].to(self.device).contiguous().view(torch.uint8)
+            for part, codes, scales in packing_parts(fp4, sf, self.device):
                 pack(codes, scales, into.experts[part], offset, gated)
         into.l1_gs.copy_(weights.l1_gs)
         into.l2_gs.copy_(weights.l2_gs)
@@ -137,22 +130,12 @@ class HopperBackend(PortableBackend):
         l1_fp4, l1_sf, l2_fp4, l2_sf = matrices
         return MoEWeights(l1_fp4, l1_sf, packed.l1_gs.clone(), l2_fp4, l2_sf, packed.l2_gs.clone())
 
-    def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
-        for call in calls:
-            self.run(packed, call, scratch, call.hidden_states.new_empty(call.hidden_states.shape))
-
-    def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
+    def _run(self, packed: Packed, call: Call, views: dict[str, Tensor], out: Tensor) -> None:
         from dsv4.kernels.hopper.launch import grouped_gemm
         from dsv4.kernels.hopper.stages import image_amax, quantize_image
         from dsv4.kernels.triton.stages import ScaleSource, combine
 
-        cfg, views = self.config, self._plan.views(scratch)
-        if not out.is_contiguous():
-            dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-            self.run(packed, call, scratch, dense)
-            out.copy_(dense)
-            return
-        call = _dense(call)
+        cfg = self.config
         slots = call.topk_ids.numel()
         tiling = self._line(call.hidden_states.shape[0])
         row_tile = tiling.gemm1[0]
@@ -176,24 +159,20 @@ class HopperBackend(PortableBackend):
             slot_rows, tables.local_ids, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k
         )
 
-    def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        cfg, views = self.config, self._plan.views(scratch)
-        call = _dense(call)
+    def _activated_amax(self, packed: Packed, call: Call, views: dict[str, Tensor]) -> tuple[RoutingBuffers, Tensor]:
+        cfg = self.config
         tiling = self._line(call.hidden_states.shape[0])
         row_tile = tiling.gemm1[0]
         tables = self._route(call, views, row_tile)
         self._activate(packed, call, views, tables, tiling, quantize=False)
-        hidden = call.hidden_states
-        if cfg.route_weight == "input":
-            hidden = (hidden.float() * call.topk_weights).to(torch.bfloat16)
-        by_slot = finite_row_amax(hidden).repeat_interleave(cfg.top_k, output_size=tables.local_ids.shape[0])
+        slots = call.topk_ids.numel()
         row_slot = tables.tiles.row_slot.long()
         image = views["act"][: row_slot.shape[0] * cfg.intermediate_size]
         rows = image.view(-1, cfg.intermediate_size // 64, row_tile, 64).transpose(1, 2).flatten(2).flatten(0, 1)
         # Unused rows hold anything: they go to a slot that is cut off.
-        target = torch.where(row_slot >= 0, row_slot, by_slot.shape[0])
-        activated = by_slot.new_zeros(by_slot.shape[0] + 1).scatter_(0, target, finite_row_amax(rows))[:-1]
-        return self._expert_amax(by_slot, tables), self._expert_amax(activated, tables)
+        target = torch.where(row_slot >= 0, row_slot, slots)
+        amax = finite_row_amax(rows)
+        return tables, amax.new_zeros(slots + 1).scatter_(0, target, amax)[:-1]
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4.backends.base import OUT_DTYPES, Call, Packed, Verdict
+from dsv4.backends.base import OUT_DTYPES, Call, Packed, Verdict, packing_parts
 from dsv4.config import MoEConfig, capacity
 from dsv4.nvfp4 import finite_row_amax
 from dsv4.weights import MoEWeights
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MIN_CAPABILITY = (8, 0)
 
-_FP32_SLOTS = 4096
+FP32_SLOTS = 4096
 """Calls of up to this many slots keep GEMM 2's rows in fp32, if the buffer sized for the largest call has room."""
 
 
@@ -116,16 +116,10 @@ class PortableBackend:
     def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
         from dsv4.kernels.triton.packing import pack
 
-        e = self.config.num_experts
         if into is None:
-            into = Packed.empty(e, self._l2.end, self.device)
+            into = Packed.empty(self.config.num_experts, self._l2.end, self.device)
         for matrix, fp4, sf in ((self._l1, weights.l1_fp4, weights.l1_sf), (self._l2, weights.l2_fp4, weights.l2_sf)):
-            ready = fp4.device == self.device and fp4.is_contiguous() and sf.is_contiguous()
-            step = e if ready else 1  # else the peak is one expert above the result
-            for first in range(0, e, step):
-                part = slice(first, first + step)
-                codes = fp4[part].to(self.device).contiguous()
-                scales = sf[part].to(self.device).contiguous().view(torch.uint8)
+            for part, codes, scales in packing_parts(fp4, sf, self.device):
                 pack(codes, scales, matrix, into.experts[part])
         into.l1_gs.copy_(weights.l1_gs)
         into.l2_gs.copy_(weights.l2_gs)
@@ -143,16 +137,19 @@ class PortableBackend:
                 self.run(packed, call, scratch, torch.empty_like(call.hidden_states, dtype=dtype))
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
-        from dsv4.kernels.triton.grouped_gemm import grouped_gemm
-        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
-
-        cfg, views = self.config, self._plan.views(scratch)
-        if not _is_dense(out):
+        if _is_dense(out):
+            self._run(packed, _dense(call), self._plan.views(scratch), out)
+        else:
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
             self.run(packed, call, scratch, dense)
             out.copy_(dense)
-            return
-        call = _dense(call)
+
+    def _run(self, packed: Packed, call: Call, views: dict[str, Tensor], out: Tensor) -> None:
+        """:meth:`run` on tensors that are contiguous and aligned."""
+        from dsv4.kernels.triton.grouped_gemm import grouped_gemm
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, combine, stage_rows
+
+        cfg = self.config
         tokens = call.hidden_states.shape[0]
         slots = tokens * cfg.top_k
         gemm1, gemm2 = self._tiling(tokens)
@@ -176,16 +173,19 @@ class PortableBackend:
         combine(slot_rows, local, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k)
 
     def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        views = self._plan.views(scratch)
         call = _dense(call)
-        config, _ = self._tiling(call.hidden_states.shape[0])
-        tables = self._route(call, views, config.block_m)
-        activated = self._gemm1(packed, call, views, tables, config, quantize=False)
+        tables, activated = self._activated_amax(packed, call, self._plan.views(scratch))
         hidden = call.hidden_states
         if self.config.route_weight == "input":
             hidden = (hidden.float() * call.topk_weights).to(torch.bfloat16)
         by_slot = finite_row_amax(hidden).repeat_interleave(self.config.top_k, output_size=tables.local_ids.shape[0])
-        return self._expert_amax(by_slot, tables), self._expert_amax(finite_row_amax(activated), tables)
+        return self._expert_amax(by_slot, tables), self._expert_amax(activated, tables)
+
+    def _activated_amax(self, packed: Packed, call: Call, views: dict[str, Tensor]) -> tuple[RoutingBuffers, Tensor]:
+        """The call's routing, and the largest magnitude of each slot's unquantized intermediate: fp32 ``[S]``."""
+        config, _ = self._tiling(call.hidden_states.shape[0])
+        tables = self._route(call, views, config.block_m)
+        return tables, finite_row_amax(self._gemm1(packed, call, views, tables, config, quantize=False))
 
     # Stages.
 
@@ -288,7 +288,7 @@ class PortableBackend:
         Where a token's bits may not depend on its batch it is fp32 always.
         """
         down = views["down"]
-        if down.dtype == torch.float32 or slots > _FP32_SLOTS or 2 * slots > down.shape[0]:
+        if down.dtype == torch.float32 or slots > FP32_SLOTS or 2 * slots > down.shape[0]:
             return down[:slots]
         return down[: 2 * slots].view(torch.float32).view(slots, -1)
 
