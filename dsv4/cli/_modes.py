@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,22 @@ MODES = {
     "w4a4-token": Mode("W4A4 token", "#009E73", "nvfp4", "token"),
     "w4a4-tensor": Mode("W4A4 tensor", "#CC79A7", "nvfp4", "tensor"),
 }
+
+
+def mode_names(text: str, allowed: Collection[str]) -> list[str]:
+    """The value of ``--mode``: names separated by commas, each once.
+
+    Raises:
+        typer.BadParameter: one of them is not allowed.
+    """
+    import typer
+
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise typer.BadParameter(f"--mode: expected any of {', '.join(allowed)}, found {unknown[0]!r}")
+    return names
+
 
 BASELINE = "bf16"
 BASELINE_COLOR = "#666666"

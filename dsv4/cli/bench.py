@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv4.cli._modes import MODES
+from dsv4.cli._modes import MODES, mode_names
 from dsv4.cli._output import check_writable, console, count_of, dumps, human_bytes, print_json, write_text
 from dsv4.cli._shapes import SHAPES, LayerShape
 
@@ -66,7 +66,7 @@ def bench(
     if layer_shape.top_k > layer_shape.num_experts:
         raise typer.BadParameter(f"--top-k {layer_shape.top_k} of {layer_shape.num_experts} experts")
     counts = _token_counts(tokens)
-    modes = _mode_names(mode)
+    modes = mode_names(mode, MODES)
     check_writable(plot)
     check_writable(output)
 
@@ -101,14 +101,6 @@ def _token_counts(text: str) -> list[int]:
     if min(counts) < 1:
         raise typer.BadParameter(f"--tokens: expected positive integers separated by commas, found {text!r}")
     return list(dict.fromkeys(counts))
-
-
-def _mode_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in MODES]
-    if unknown:
-        raise typer.BadParameter(f"--mode: expected any of {', '.join(MODES)}, found {unknown[0]!r}")
-    return names
 
 
 def _print(document: dict[str, Any], shape: LayerShape) -> None:

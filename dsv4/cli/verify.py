@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4.cli._modes import MODES
+from dsv4.cli._modes import MODES, mode_names
 from dsv4.cli._output import check_writable, console, count_of, dumps, print_json, write_text
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def verify(
     1: one is not, or the checkpoint cannot be read.
     2: a command line that makes no sense.
     """
-    modes = _mode_names(mode)
+    modes = mode_names(mode, _MODES)
     check_writable(report)
     text_file, json_file = _report_files(report)
     check_writable(text_file)
@@ -77,14 +77,6 @@ def verify(
             print(f"written: {text_file}, {json_file}")
     if not document["passed"]:
         raise typer.Exit(1)
-
-
-def _mode_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in _MODES]
-    if unknown:
-        raise typer.BadParameter(f"--mode: expected any of {', '.join(_MODES)}, found {unknown[0]!r}")
-    return names
 
 
 def _report_files(report: Path | None) -> tuple[Path | None, Path | None]:
