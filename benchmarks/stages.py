@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
+from dsv4.backends.portable import FP32_SLOTS
 from dsv4.cli._layer import Call
 from dsv4.cli._shapes import LayerShape
 from dsv4.moe import Nvfp4MoE
-
-_FP32_SLOTS = 4096
-"""Calls of up to this many slots have fp32 rows out of GEMM 2, larger ones bf16 (the portable backend's choice)."""
 
 
 def _rows_moved(shape: LayerShape, tokens: int, mode: str) -> int:
@@ -27,7 +25,7 @@ def _rows_moved(shape: LayerShape, tokens: int, mode: str) -> int:
 def _combine_moved(shape: LayerShape, tokens: int, mode: str) -> int:
     """Slot rows, local ids (int32) and weights (fp32) are read, bf16 tokens written."""
     slots = tokens * shape.top_k
-    value = 4 if slots <= _FP32_SLOTS else 2
+    value = 4 if slots <= FP32_SLOTS else 2
     return slots * (shape.hidden_size * value + 8) + tokens * shape.hidden_size * 2
 
 
