@@ -16,7 +16,7 @@ from dsv4.errors import BackendError
 from dsv4.kernels.hopper.config import HopperConfig
 
 ARCH = "sm_90a"
-_SOURCES = ("config.py", "grouped_gemm.py", "layout.py", "ptx.py")
+_SOURCES = ("config.py", "grouped_gemm.py", "layout.py", "../cutedsl/ptx.py", "../cutedsl/epilogue.py")
 _DIGEST = 32
 
 
@@ -70,7 +70,7 @@ def load(config: HopperConfig) -> tuple[bytes, str]:
     if installed is None:
         raise BackendError(
             f"no compiled kernel for {config} in {folder()} and nvidia-cutlass-dsl is not installed: "
-            "pip install 'dsv4[hopper]', or set DSV4_CACHE_DIR to a cache compiled elsewhere"
+            "pip install 'dsv4[cuda]', or set DSV4_CACHE_DIR to a cache compiled elsewhere"
         )
     cubin, entry = _compile(config)
     payload = entry.encode() + b"\0" + cubin

@@ -27,13 +27,13 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
-from dsv4.kernels.hopper import ptx
+from dsv4.kernels.cutedsl import ptx
+from dsv4.kernels.cutedsl.epilogue import swiglu
 from dsv4.kernels.hopper.config import PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES
 
 _LANES = 0x81C081C0
 _UNSCALE = 512.0
-_LOG2E = 1.4426950408889634
 
 
 def decode(quad, scales, half, fragment):
@@ -323,10 +323,7 @@ class GroupedGemm:
                 factor = self.token_factor(Float32(_UNSCALE), row_scale, row)
                 gate = acc[4 * n + j] * factor * gate_gs
                 up = acc[4 * n + 2 + j] * factor * up_gs
-                if cutlass.const_expr(cfg.limited):
-                    gate = ptx.minimum(gate, limit)
-                    up = ptx.maximum(ptx.minimum(up, limit), -limit)
-                value = gate * ptx.reciprocal(1.0 + ptx.exponential2(-_LOG2E * gate)) * up
+                value = swiglu(gate, up, limit if cfg.limited else None)
                 if cutlass.const_expr(cfg.weighted):
                     slot = ptx.load_i32(row_slot + Int64(row) * 4)
                     weight = Float32(0.0)
