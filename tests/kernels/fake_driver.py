@@ -91,9 +91,9 @@ def installed(driver: FakeDriver, stream: int = 0x5EED) -> Iterator[None]:
     launch.gemm_kernel.cache_clear()
     try:
         with (
-            mock.patch.object(launch, "_driver", lambda: driver),
-            mock.patch.object(torch.cuda, "device", lambda index: nullcontext()),
-            mock.patch.object(torch.cuda, "current_stream", lambda device=None: current),
+            mock.patch.object(launch, "_driver", return_value=driver),
+            mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
+            mock.patch.object(torch.cuda, "current_stream", return_value=current),
         ):
             yield
     finally:

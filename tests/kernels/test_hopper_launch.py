@@ -61,7 +61,7 @@ def driver(monkeypatch) -> Iterator[FakeDriver]:
 
 @pytest.mark.parametrize("config", [GATED, PLAIN], ids=["gated", "plain"])
 def test_every_argument_of_a_launch(driver, config):
-    """The configuration's cubin, its threads and shared memory, torch's stream, and each pointer and number in order."""
+    """The configuration's cubin, threads and shared memory, torch's stream, each pointer and number in its place."""
     o = operands(config)
     launch.grouped_gemm(config, **o)
     (got,) = driver.launches
@@ -157,7 +157,9 @@ def rest(o: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return o["tiles"].tile_expert, o["tiles"].num_tiles
 
 
-@pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernelEx"])  # fmt: skip
+@pytest.mark.parametrize(
+    "failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernelEx"]
+)
 def test_a_failing_driver_is_named(monkeypatch, failing):
     """What failed, and the driver's word for it."""
     monkeypatch.setattr(launch, "load", lambda config: (b"cubin", "entry"))
