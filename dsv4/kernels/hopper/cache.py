@@ -18,7 +18,14 @@ from dsv4.errors import BackendError
 from dsv4.kernels.hopper.config import HopperConfig
 
 ARCH = "sm_90a"
-_SOURCES = ("config.py", "grouped_gemm.py", "layout.py", "../cutedsl/ptx.py", "../cutedsl/epilogue.py")
+_SOURCES = (
+    "config.py",
+    "grouped_gemm.py",
+    "layout.py",
+    "../cutedsl/ptx.py",
+    "../cutedsl/epilogue.py",
+    "../triton/weight_layout.py",
+)
 _DIGEST = 32
 
 
