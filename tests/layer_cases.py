@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -34,6 +36,18 @@ def fitted(target: tuple[str, torch.device], hidden: int, intermediate: int) -> 
         if verdict.usable:
             return sizes[0], sizes[1]
     raise BackendError(f"{name} on {device}: {verdict.reason}")
+
+
+def largest_call(table: Sequence[Any], line: Any, top_k: int) -> tuple[int, int]:
+    """Tokens and experts, few of both, of the largest call that a line of a backend's table of tilings serves.
+
+    For the last line, which has no end: half as many rows again as the line before serves.
+    """
+    mean = line.rows_per_expert if line is not table[-1] else 1.5 * table[-2].rows_per_expert
+    experts = max(8, ceil(top_k / mean))
+    tokens = int(mean * experts / top_k)
+    assert next(t for t in table if tokens * top_k / experts <= t.rows_per_expert) is line
+    return tokens, experts
 
 
 def weights_on(weights: OracleWeights, device: torch.device) -> list[Tensor]:
@@ -89,4 +103,15 @@ def poisoned(tokens: int, hidden: int, device: torch.device, dtype: torch.dtype 
     return torch.full((tokens, hidden), torch.nan, dtype=dtype, device=device)
 
 
-__all__ = ["BAR", "MODES", "build", "fitted", "inputs", "on", "poisoned", "random_weights", "weights_on"]
+__all__ = [
+    "BAR",
+    "MODES",
+    "build",
+    "fitted",
+    "inputs",
+    "largest_call",
+    "on",
+    "poisoned",
+    "random_weights",
+    "weights_on",
+]

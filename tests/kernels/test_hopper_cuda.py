@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
 from typing import Any
 
 import pytest
 import torch
-from layer_cases import BAR, MODES, build, inputs, on, poisoned
+from layer_cases import BAR, MODES, build, inputs, largest_call, on, poisoned
 from oracle import OracleWeights, nearest_reference, random_weights, relative_l2
 
 from dsv4.backends import proof
 from dsv4.backends.base import Verdict
-from dsv4.backends.hopper import TILINGS, Tiling
+from dsv4.backends.hopper import TILINGS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,15 +28,6 @@ EVERY_MODE: dict[str, dict[str, Any]] = MODES | {
     "w4a4-per-expert": MODES["w4a4-static"] | {"l1_scale_policy": "per_expert"},
 }
 LINES = pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
-
-
-def largest_call(line: Tiling, top_k: int) -> tuple[int, int]:
-    """Tokens and experts of the largest call that a line serves; for the last, half as many again as it begins with."""
-    mean = line.rows_per_expert if line is not TILINGS[-1] else 1.5 * TILINGS[-2].rows_per_expert
-    experts = max(8, ceil(top_k / mean))
-    tokens = int(mean * experts / top_k)
-    assert next(t for t in TILINGS if tokens * top_k / experts <= t.rows_per_expert) is line
-    return tokens, experts
 
 
 def target() -> tuple[str, torch.device]:
@@ -58,7 +48,7 @@ def input_scales(mode: str, experts: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", EVERY_MODE)
 def test_every_line_matches_the_oracle(line, mode):
     """The largest call of each line, with dropped ids, a skewed expert and an idle one, is within the bar."""
-    tokens, experts = largest_call(line, K)
+    tokens, experts = largest_call(TILINGS, line, K)
     weights, scales = random_weights(experts, H, INTER, seed=1, split_gate_up=True), input_scales(mode, experts)
     x, w, ids = inputs(tokens, H, K, experts, seed=tokens)
     ids[ids == 3] = 5
@@ -81,7 +71,7 @@ def test_every_line_matches_the_oracle(line, mode):
 def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
     """A graph of each line's largest call gives eager's bits for fresh routings; each token of it those that it has
     alone, with ``batch_invariant``."""
-    tokens, experts = largest_call(line, K)
+    tokens, experts = largest_call(TILINGS, line, K)
     moe = build(
         target(), random_weights(experts, H, INTER, seed=1), top_k=K, max_num_tokens=tokens, batch_invariant=True,
         route_weight="before_down", **SCALES, **MODES[mode],
@@ -122,7 +112,7 @@ def no_self_check(monkeypatch) -> Iterator[None]:
 def test_sanitize(line, mode):
     """One call of every line and format, a small one, writes all of its result: for compute-sanitizer."""
     top_k = 1
-    tokens, experts = largest_call(line, top_k)
+    tokens, experts = largest_call(TILINGS, line, top_k)
     weights = random_weights(experts, 256, 128, seed=1)
     moe = build(target(), weights, top_k=top_k, max_num_tokens=tokens, swiglu_limit=2.0, **MODES[mode])
     out = poisoned(tokens, 256, target()[1])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import largest_call
 
 pytest.importorskip("triton")
 
@@ -19,7 +20,7 @@ from kernels.fake_driver import FakeDriver, installed
 from kernels.fake_driver import Launch as GemmLaunch
 from kernels.offline import Launch, recorded, sass
 
-E, K = 8, 2
+K = 2
 MODES: dict[str, dict[str, Any]] = {
     "w4a16": {"activation_format": "bf16", "swiglu_limit": 10.0},
     "static": {},
@@ -38,19 +39,21 @@ def a_gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), "entry"))
 
 
-def launches(tokens: int, h: int, i: int, **settings: Any) -> tuple[list[GemmLaunch], list[Launch]]:
+def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tuple[list[GemmLaunch], list[Launch]]:
     """What one call launches: GEMMs, and kernels of Triton."""
     cpu, top_k = torch.device("cpu"), settings.pop("top_k", K)
-    config = MoEConfig(E, h, i, max_num_tokens=max(tokens, 16), top_k=top_k, **settings)
+    config = MoEConfig(experts, h, i, max_num_tokens=max(tokens, 16), top_k=top_k, **settings)
     backend = HopperBackend(config, cpu)
     scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
-    packed = Packed(torch.zeros(E, backend._expert_bytes, dtype=torch.uint8), torch.ones(E, 2), torch.ones(E))
+    packed = Packed(
+        torch.zeros(experts, backend._expert_bytes, dtype=torch.uint8), torch.ones(experts, 2), torch.ones(experts)
+    )
     fixed = config.quantizes_activations and config.activation_scale == "static"
     call = Call(
         torch.zeros(tokens, h, dtype=torch.bfloat16),
         torch.zeros(tokens, top_k),
         torch.zeros(tokens, top_k, dtype=torch.int64),
-        input_scales=InputScales.updated(None, torch.ones(E), torch.ones(E)) if fixed else None,
+        input_scales=InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None,
     )
     driver = FakeDriver(launch.GEMM_SIGNATURE)
     with recorded() as stages, installed(driver):
@@ -64,10 +67,10 @@ def test_two_products_hand_over_an_image(line, mode):
     """Every line, every mode: operands fit (or the launcher refuses), GEMM 2 multiplies what GEMM 1 wrote, each token
     has a scale of its own where activations are quantized, and the routing weight where it acts in GEMM 1."""
     top_k = MODES[mode].get("top_k", K)
-    mean = line.rows_per_expert if line is not TILINGS[-1] else 2 * TILINGS[-2].rows_per_expert
-    tokens = max(1, int(mean * E / top_k))
+    tokens, experts = largest_call(TILINGS, line, top_k)
     h, i = 256, 384
-    (first, second), stages = launches(tokens, h, i, **MODES[mode])
+    (first, second), stages = launches(tokens, experts, h, i, **MODES[mode])
+    assert f"tokens={line.gemm1[0]}," in first.cubin.decode()
     assert "gated=True" in first.cubin.decode()
     assert "gated=False" in second.cubin.decode()
     assert first.arguments[8] == second.arguments[1]
@@ -93,7 +96,7 @@ def test_two_products_hand_over_an_image(line, mode):
 )
 def test_stages_compile_for_hopper(mode, h, i, tmp_path):
     """The stages of the two models compile and keep nothing in local memory."""
-    _, stages = launches(64, h, i, **MODES[mode])
+    _, stages = launches(64, 8, h, i, **MODES[mode])
     for stage in stages:
         compiled = stage.compile(90)
         assert not {"LDL", "STL"} & set(sass(compiled.asm["cubin"], tmp_path)), stage.kernel.__name__
