@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """How long a new process takes to its first launch, and how long the kernels take to compile beforehand.
 
-    python benchmarks/startup.py [--shape v4-flash] [--backend hopper] [--runs 7] [--output FILE]
+    python benchmarks/startup.py [--shape v4-flash] [--backend hopper] [--runs 7] [--kernels DIR] [--output FILE]
 
-In empty cache directories: first ``dsv4 compile`` of all that the model needs, which takes no GPU. Then, where there is
+In empty cache directories: first ``dsv4 compile`` of all that the model needs, which takes no GPU (and is left out
+where ``--kernels`` names a $DSV4_CACHE_DIR that was filled elsewhere). Then, where there is
 one, processes that build a layer and run one token: the first also lets Triton compile its stages and does the
 backend's self-check, those after it find everything on disk, and their median is the time to quote. Seconds count from
 the moment when torch was imported (``startup_process.py``). Before a number is quoted: nothing else may run on the
@@ -68,12 +69,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory(prefix="dsv4-startup-") as folder:
         environment = in_folder(Path(folder))
-        compiled, seconds = run(["-m", "dsv4.cli", "compile", "--shape", args.shape, "--json"], environment)
-        document["compile"] = {
-            "kernels": compiled["compiled"],
-            "seconds": compiled["seconds"],
-            "process_seconds": round(seconds, 1),
-        }
+        if args.kernels:
+            environment["DSV4_CACHE_DIR"] = str(args.kernels)
+        else:
+            compiled, seconds = run(["-m", "dsv4.cli", "compile", "--shape", args.shape, "--json"], environment)
+            document["compile"] = {
+                "kernels": compiled["compiled"],
+                "seconds": compiled["seconds"],
+                "process_seconds": round(seconds, 1),
+            }
         if document["gpu"] is not None:
             sizes = [str(n) for n in (shape.hidden_size, shape.intermediate_size, shape.top_k)]
             process = [str(Path(__file__).with_name("startup_process.py")), *sizes, args.backend]
@@ -90,6 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="v4-flash", choices=list(SHAPES))
     parser.add_argument("--backend", default="hopper")
     parser.add_argument("--runs", type=int, default=7, help="processes with warm caches")
+    parser.add_argument("--kernels", type=Path, help="compiled elsewhere, by dsv4 compile with this DSV4_CACHE_DIR")
     parser.add_argument("--commit", help="of the code measured, where git is not at hand")
     parser.add_argument("--output", type=Path)
     return parser.parse_args(arguments)

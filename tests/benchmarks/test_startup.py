@@ -66,6 +66,16 @@ def test_without_a_gpu_only_compiling_is_timed(startup, processes, monkeypatch):
     assert not any(is_start(command) for command in processes)
 
 
+def test_kernels_from_elsewhere_are_not_compiled(startup, processes, monkeypatch, tmp_path):
+    """A machine without the compiler measures what a filled cache gives."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    document = startup.measure(startup.parse(["--kernels", str(tmp_path), "--runs", "1"]))
+    assert "compile" not in document
+    assert not any("compile" in command for command in processes)
+    assert sum(is_start(command) for command in processes) == 2
+
+
 def test_caches_are_its_own(startup, tmp_path):
     """Nothing that this machine has cached makes a start look warm."""
     environment = startup.in_folder(tmp_path)
