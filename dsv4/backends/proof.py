@@ -31,7 +31,7 @@ TOLERANCE = 5e-3
 
 QUANTIZED_TOLERANCE = 5e-2
 """The same in W4A4, where a code of the intermediate may differ next to a midpoint: among 256 values, half of what a
-call of one token has, one that moves from 4 to 6 is 2e-2. A scale, a fragment or a row in a wrong place is far above."""
+call of one token has, one that moves from 4 to 6 is 2e-2. A scale, fragment or row in a wrong place is far above."""
 
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 64, 256, 256, 2
 _TOKENS = (1, 4, 48, 192, 384, 768, 1536, 4096)
