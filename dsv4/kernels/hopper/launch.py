@@ -117,9 +117,8 @@ def _check_operands(
     if not config.gated and (out.dim() != 2 or out.shape[1] != rows):
         raise _unfit("out", out, f"[S, {rows}]")
     image_rows, num_experts = tiles.tile_expert.shape[0] * config.tokens, experts.shape[0]
-    operands: list[
-        tuple[str, Tensor | None, torch.dtype, int]
-    ] = [  # and the least number of elements that is touched, where the operands say it
+    # And the least number of elements that is touched, where that is known here.
+    operands: list[tuple[str, Tensor | None, torch.dtype, int]] = [
         ("image", image, torch.bfloat16, image_rows * k),
         ("gs", gs, torch.float32, num_experts * (1 + config.gated)),
         ("row_slot", tiles.row_slot, torch.int32, image_rows),
