@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv4.errors import BackendError, InputError
 from dsv4.kernels.hopper.cache import load
 from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 
 _MAX_SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
@@ -83,6 +84,57 @@ GEMM_SIGNATURE = (ctypes.c_int64,) * 10 + (ctypes.c_int32, ctypes.c_int32, ctype
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
+def _unfit(name: str, found: Any, expected: str) -> InputError:
+    what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+    return InputError(f"{name}: found {what}, expected {expected}")
+
+
+def _check_operands(
+    config: HopperConfig,
+    image: Tensor,
+    row_scale: Tensor | None,
+    experts: Tensor,
+    offset: int,
+    gs: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    rows: int,
+    k: int,
+    topk_weights: Tensor | None,
+) -> None:
+    """A kernel believes every address and size; words are found only where something is wrong."""
+    if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
+        raise InputError(
+            f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
+            "choose another configuration"
+        )
+    if config.gated and rows % 128:
+        raise _unfit("rows", rows, "a multiple of 128 for a gated product")
+    if experts.dtype != torch.uint8 or experts.stride(1) != 1 or experts.stride(0) % 16 or offset % 16:
+        raise _unfit("experts", experts, "uint8 rows, a matrix at every 16th byte")
+    if offset + matrix_bytes(rows, k) > experts.shape[1]:
+        raise _unfit("experts", experts, f"a {rows} x {k} matrix from byte {offset} on")
+    if not config.gated and (out.dim() != 2 or out.shape[1] != rows):
+        raise _unfit("out", out, f"[S, {rows}]")
+    image_rows, num_experts = tiles.tile_expert.shape[0] * config.tokens, experts.shape[0]
+    # And the least number of elements that is touched, where that is known here.
+    operands: list[tuple[str, Tensor | None, torch.dtype, int]] = [
+        ("image", image, torch.bfloat16, image_rows * k),
+        ("gs", gs, torch.float32, num_experts * (1 + config.gated)),
+        ("row_slot", tiles.row_slot, torch.int32, image_rows),
+        ("tile_expert", tiles.tile_expert, torch.int32, 0),
+        ("num_tiles", tiles.num_tiles, torch.int32, 1),
+        ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
+    ]
+    if config.row_scale:
+        operands.append(("row_scale", row_scale, torch.float32, image_rows))
+    if config.weighted:
+        operands.append(("topk_weights", topk_weights, torch.float32, 0))
+    for name, tensor, dtype, size in operands:
+        if tensor is None or tensor.dtype != dtype or tensor.numel() < size or not tensor.is_contiguous():
+            raise _unfit(name, tensor, f"{dtype}, contiguous, at least {size} elements")
+
+
 @cache
 def gemm_kernel(config: HopperConfig, device_index: int) -> Kernel:
     """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
@@ -128,13 +180,9 @@ def grouped_gemm(
         dependent: start before the launch before it has ended; it must be a kernel that did not write the tile map.
 
     Raises:
-        InputError: the matrix is not whole tiles of this configuration.
+        InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
     """
-    if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
-        raise InputError(
-            f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
-            "choose another configuration"
-        )
+    _check_operands(config, image, row_scale, experts, offset, gs, tiles, out, rows, k, topk_weights)
     n_tiles = rows // (64 * config.warpgroups)
     grid = min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles)
     gemm_kernel(config, image.device.index or 0)(
