@@ -42,8 +42,11 @@ def expected(local: Sequence[int], experts: int, unit: int, most: int) -> Expect
     """Slots of each expert in order, padded to tiles of ``unit`` rows; as few groups of up to ``most`` rows as hold
     them, as small as that number of them can be."""
     tables = Expected([], [-1] * len(local), [], [], [])
-    for expert in range(experts):
-        slots = [slot for slot, e in enumerate(local) if e == expert]
+    served: list[list[int]] = [[] for _ in range(experts)]
+    for slot, expert in enumerate(local):
+        if expert >= 0:
+            served[expert].append(slot)
+    for expert, slots in enumerate(served):
         for slot in slots:
             tables.slot_row[slot] = len(tables.row_slot)
             tables.row_slot.append(slot)

@@ -57,6 +57,32 @@ def test_routing_tables(tokens, top_k, experts, tile):
         assert got.amax.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("unit", "most"), [(8, 8), (8, 32), (16, 128)])
+@pytest.mark.parametrize("experts", [7, 256, 384])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (11, 6), (171, 6), (2048, 6)])
+def test_row_groups(tokens, top_k, experts, unit, most):
+    """Every entry that is read equals a loop's: uniform, skewed, dropped, and as many groups as there can be."""
+    slots = tokens * top_k
+    generator = torch.Generator(DEVICE).manual_seed(tokens + experts)
+    uniform = torch.randint(-1, experts, (tokens, top_k), device=DEVICE, generator=generator)
+    cases = (
+        uniform,
+        uniform.where(uniform % 3 > 0, experts - 1),
+        torch.full_like(uniform, -1),
+        (torch.arange(slots, device=DEVICE) // (most + 1) % experts).view(tokens, top_k),
+    )
+    for ids in cases:
+        got = poisoned_buffers(slots, experts, unit, most, DEVICE)
+        want = expected(ids.flatten().tolist(), experts, unit, most)
+        route(ids, experts, unit, got)
+        tiles, groups = len(want.tile_expert), got.groups
+        assert groups.slot_row.tolist() == want.slot_row
+        assert got.tiles.row_slot[: len(want.row_slot)].tolist() == want.row_slot
+        assert groups.tile_group[:tiles].tolist() == want.tile_group
+        assert groups.num_groups.item() == len(want.group_row) - 1
+        assert groups.group_row[: len(want.group_row)].tolist() == want.group_row
+
+
 def staged_twin(x: torch.Tensor, gs: torch.Tensor) -> torch.Tensor:
     codes, sf = block_codes(x, gs.reshape(-1, 1))
     return (decode_e2m1(codes) * sf.float().unsqueeze(2)).flatten(1).bfloat16()
