@@ -23,15 +23,19 @@ class Expected:
     Attributes:
         row_slot: of each row, -1 for padding.
         slot_row: of each slot, -1 for a dropped one.
-        tile_expert, tile_group: of each row tile.
+        tile_expert: of each row tile.
+        tile_start, tile_rows: of each row tile: first row of its group, and number of rows of that.
         group_row: first row of each group, and the number of rows.
+        group_expert: of each group.
     """
 
     row_slot: list[int]
     slot_row: list[int]
     tile_expert: list[int]
-    tile_group: list[int]
+    tile_start: list[int]
+    tile_rows: list[int]
     group_row: list[int]
+    group_expert: list[int]
 
     def groups(self) -> list[range]:
         """The rows of each group."""
@@ -41,7 +45,7 @@ class Expected:
 def expected(local: Sequence[int], experts: int, unit: int, most: int) -> Expected:
     """Slots of each expert in order, padded to tiles of ``unit`` rows; as few groups of up to ``most`` rows as hold
     them, as small as that number of them can be."""
-    tables = Expected([], [-1] * len(local), [], [], [])
+    tables = Expected([], [-1] * len(local), [], [], [], [], [])
     served: list[list[int]] = [[] for _ in range(experts)]
     for slot, expert in enumerate(local):
         if expert >= 0:
@@ -57,10 +61,24 @@ def expected(local: Sequence[int], experts: int, unit: int, most: int) -> Expect
         for tile in range(tiles):
             if tile % size == 0:
                 tables.group_row.append(len(tables.tile_expert) * unit)
+                tables.group_expert.append(expert)
             tables.tile_expert.append(expert)
-            tables.tile_group.append(len(tables.group_row) - 1)
+            tables.tile_start.append(tables.group_row[-1])
     tables.group_row.append(len(tables.row_slot))
+    for group in tables.groups():
+        tables.tile_rows.extend([len(group)] * (len(group) // unit))
     return tables
+
+
+def assert_filled(got: RowGroups, want: Expected) -> None:
+    """Every entry that is read is the expected one."""
+    tiles, groups = len(want.tile_expert), len(want.group_expert)
+    assert got.slot_row.tolist() == want.slot_row
+    assert got.tile_start[:tiles].tolist() == want.tile_start
+    assert got.tile_rows[:tiles].tolist() == want.tile_rows
+    assert got.group_row[: groups + 1].tolist() == want.group_row
+    assert got.group_expert[:groups].tolist() == want.group_expert
+    assert got.num_groups.item() == groups
 
 
 def poisoned_buffers(
@@ -75,7 +93,15 @@ def poisoned_buffers(
     groups = None
     if most is not None:
         bound = capacity(slots, experts, most) // most
-        groups = RowGroups(most, poison(slots), poison(rows // unit), poison(bound + 1), poison(1))
+        groups = RowGroups(
+            most,
+            slot_row=poison(slots),
+            tile_start=poison(rows // unit),
+            tile_rows=poison(rows // unit),
+            group_row=poison(bound + 1),
+            group_expert=poison(bound),
+            num_groups=poison(1),
+        )
     return RoutingBuffers(
         poison(slots),
         TileMap(poison(rows), poison(rows // unit), poison(1)),

@@ -170,13 +170,15 @@ def test_arguments_stand_where_the_launcher_puts_them(config: HopperConfig) -> N
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: str(t.rows_per_expert))
 def test_widths_are_ones_that_there_are(tiling) -> None:
-    """Ascending multiples of 8 up to wgmma's 256; the longest group is whole row tiles, and one warpgroup, the fewest
-    that a small matrix gets, has a thread for each of its rows."""
+    """Ascending multiples of 8 up to wgmma's 256; the longest group is whole row tiles, and the warpgroups, also the
+    fewer ones that the smallest matrix gets, have a thread for each of its rows."""
     assert list(tiling.widths) == sorted(set(tiling.widths))
     assert set(tiling.widths) <= set(range(8, 257, 8))
     assert tiling.unit in (8, 16)
     assert tiling.widths[-1] % tiling.unit == 0
-    assert tiling.widths[-1] <= 128
+    for gemm in (tiling.gemm1, tiling.gemm2):
+        config = HopperConfig(tiling.unit, tiling.widths, *gemm)
+        assert config.tokens <= 128 * config.fitted(rows=128, k=128).warpgroups
 
 
 def test_small_matrices_take_the_nearest_configuration() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dsv4.kernels.hopper import stages
 from dsv4.kernels.hopper.layout import to_image
-from dsv4.kernels.hopper.stages import image_amax, quantize_image, scatter_rows
+from dsv4.kernels.hopper.stages import image_amax, quantize_image
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
@@ -31,11 +33,13 @@ def test_images():
 
 @dataclass(frozen=True)
 class Case:
-    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values."""
+    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values; for up to ``few`` tokens, each slot
+    is scattered by a program of its own."""
 
     unit: int
     k: int
     top_k: int
+    few: int
     local: Tensor
     want: Expected
     x: Tensor
@@ -83,7 +87,7 @@ def hard_rows(rows: int, k: int) -> Tensor:
 
 def cases() -> list[Case]:
     found = []
-    for unit, most, tokens, top_k, k in ((8, 16, 16, 2, 192), (16, 16, 20, 1, 64)):
+    for unit, most, tokens, top_k, k, few in ((8, 16, 16, 2, 192, 16), (16, 16, 12, 2, 64, 11)):
         generator = torch.Generator().manual_seed(tokens)
         local = torch.randint(-1, EXPERTS, (tokens * top_k,), generator=generator, dtype=torch.int32)
         local[local == 2] = 1
@@ -98,9 +102,15 @@ def cases() -> list[Case]:
 
         tiles = TileMap(table(want.row_slot), table(want.tile_expert), table([len(want.tile_expert)]))
         groups = RowGroups(
-            most, table(want.slot_row), table(want.tile_group), table(want.group_row), table([len(want.group_row) - 1])
+            most,
+            slot_row=table(want.slot_row),
+            tile_start=table(want.tile_start),
+            tile_rows=table(want.tile_rows),
+            group_row=table(want.group_row),
+            group_expert=table(want.group_expert),
+            num_groups=table([len(want.group_expert)]),
         )
-        found.append(Case(unit, k, top_k, local, want, hard_rows(tokens, k), tiles, groups))
+        found.append(Case(unit, k, top_k, few, local, want, hard_rows(tokens, k), tiles, groups))
     return found
 
 
@@ -143,10 +153,11 @@ def check_scatter() -> None:
                 values = of_slots if source is ScaleSource.NONE else quantized(of_slots, gs)
                 image = case.image()
                 row_scale = case.row_scale()
-                scatter_rows(
-                    case.x, image.view(torch.bfloat16), row_scale, case.groups, case.local, case.unit, case.top_k,
-                    source=source, scale=scale, weights=weights,
-                )  # fmt: skip
+                with mock.patch.object(stages, "_FEW_TOKENS", case.few):
+                    stages.scatter_rows(
+                        case.x, image.view(torch.bfloat16), row_scale, case.groups, case.local, case.unit, case.top_k,
+                        source=source, scale=scale, weights=weights,
+                    )  # fmt: skip
                 if source is ScaleSource.NONE and weights is None:
                     assert torch.equal(image, case.image(values))
                 assert_same(image, case.image(values))

@@ -19,7 +19,7 @@ from dsv4.kernels.triton.routing import RoutingConfig, histogram_size, num_bins,
 from dsv4.ops.routing import local_expert_ids
 from dsv4.ops.routing import route as route_twin
 from kernels.interpreter import mend, run
-from kernels.row_groups import POISON, expected, poisoned_buffers
+from kernels.row_groups import POISON, assert_filled, expected, poisoned_buffers
 
 
 @pytest.mark.parametrize("experts", [7, 256, 384])
@@ -77,17 +77,14 @@ def compare_groups(case: tuple[list[int], int, int, int, bool]) -> None:
         got = replace(got, hist=torch.full((chunks * num_bins(experts),), POISON, dtype=torch.int32))
     route(torch.tensor(local)[:, None], experts, unit, got, config=config)
     groups, want = got.groups, expected(local, experts, unit, most)
-    tiles, number = len(want.tile_expert), len(want.group_row) - 1
-    assert groups.slot_row.tolist() == want.slot_row
+    assert_filled(groups, want)
     assert got.tiles.row_slot.tolist() == want.row_slot + [-1] * (got.tiles.row_slot.numel() - len(want.row_slot))
-    assert got.tiles.tile_expert[:tiles].tolist() == want.tile_expert
-    assert groups.tile_group[:tiles].tolist() == want.tile_group
-    assert groups.num_groups.item() == number <= groups.group_row.numel() - 1
-    assert groups.group_row[: number + 1].tolist() == want.group_row
-    assert bool((groups.group_row[number + 1 :] == POISON).all())
+    assert got.tiles.tile_expert[: len(want.tile_expert)].tolist() == want.tile_expert
+    assert len(want.group_expert) <= groups.group_expert.numel()
+    assert bool((groups.group_row[len(want.group_row) :] == POISON).all())
     of_expert: dict[int, list[int]] = {}
-    for rows in want.groups():
-        of_expert.setdefault(want.tile_expert[rows.start // unit], []).append(len(rows))
+    for expert, rows in zip(want.group_expert, want.groups(), strict=True):
+        of_expert.setdefault(expert, []).append(len(rows))
     for sizes in of_expert.values():
         assert set(sizes[:-1]) <= {sizes[0]}
         assert 0 < sizes[-1] <= sizes[0] <= most
@@ -97,7 +94,7 @@ def test_the_bound_on_groups_is_reached():
     """One row more than whole groups, for every expert: the buffer of groups is exactly full."""
     for experts, unit, most in ((5, 8, 16), (3, 16, 128)):
         local = [expert for expert in range(experts) for _ in range(most + 1)]
-        assert len(expected(local, experts, unit, most).group_row) - 1 == capacity(len(local), experts, most) // most
+        assert len(expected(local, experts, unit, most).group_expert) == capacity(len(local), experts, most) // most
 
 
 def compare(tokens: int, top_k: int, experts: int, tile: int) -> None:
