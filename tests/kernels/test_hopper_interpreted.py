@@ -33,8 +33,8 @@ def test_images():
 
 @dataclass(frozen=True)
 class Case:
-    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values; for up to ``few`` tokens, each slot
-    is scattered by a program of its own."""
+    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values; for up to ``few`` tokens,
+    each slot is scattered by a program of its own."""
 
     unit: int
     k: int
