@@ -141,11 +141,11 @@ def test_the_pack_kernel_is_its_twin(n, k, gated):
 
 
 @LINES
-def test_scattered_rows_are_an_image(line):
+def test_scattered_and_gathered_rows_are_an_image(line):
     """Through a call's own routing: every token stands in the image in the row of each of its slots, as plain torch
     puts it there, and its scale beside it; what no slot fills is left alone."""
     from dsv4.kernels.hopper.layout import to_image
-    from dsv4.kernels.hopper.stages import scatter_rows
+    from dsv4.kernels.hopper.stages import gather_rows, scatter_rows
     from dsv4.kernels.triton.routing import route
     from dsv4.kernels.triton.stages import ScaleSource
     from kernels.row_groups import expected, poisoned_buffers
@@ -168,6 +168,10 @@ def test_scattered_rows_are_an_image(line):
     assert torch.equal(image[: rows * k], torch.cat(images))
     assert bool((image[rows * k :] == 7.0).all())
     assert bool((row_scale == 7.0).all())
+    gathered, of_token = torch.full_like(image, 7.0), torch.rand(tokens, device="cuda")
+    gather_rows(x, of_token, gathered, row_scale, tables.tiles, tables.groups, unit, K)
+    assert torch.equal(gathered, image)
+    assert torch.equal(row_scale[:rows], torch.where(served, of_token[row_slot.clamp(min=0) // K], 7.0))
     scale = torch.rand(experts, device="cuda")
     scatter_rows(x, image, row_scale, tables.groups, tables.local_ids, unit, K, source=ScaleSource.EXPERT, scale=scale)
     of_row = scale[ids.flatten()[row_slot.clamp(min=0)].clamp(min=0)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.hopper import stages
 from dsv4.kernels.hopper.layout import to_image
-from dsv4.kernels.hopper.stages import image_amax, quantize_image
+from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, scatter_rows
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
@@ -33,13 +31,11 @@ def test_images():
 
 @dataclass(frozen=True)
 class Case:
-    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values; for up to ``few`` tokens,
-    each slot is scattered by a program of its own."""
+    """A routing of ``T`` tokens and ``top_k`` choices, its tables, and rows of K values."""
 
     unit: int
     k: int
     top_k: int
-    few: int
     local: Tensor
     want: Expected
     x: Tensor
@@ -87,7 +83,7 @@ def hard_rows(rows: int, k: int) -> Tensor:
 
 def cases() -> list[Case]:
     found = []
-    for unit, most, tokens, top_k, k, few in ((8, 16, 16, 2, 192, 16), (16, 16, 12, 2, 64, 11)):
+    for unit, most, tokens, top_k, k in ((8, 16, 16, 2, 192), (16, 16, 20, 1, 64)):
         generator = torch.Generator().manual_seed(tokens)
         local = torch.randint(-1, EXPERTS, (tokens * top_k,), generator=generator, dtype=torch.int32)
         local[local == 2] = 1
@@ -110,7 +106,7 @@ def cases() -> list[Case]:
             group_expert=table(want.group_expert),
             num_groups=table([len(want.group_expert)]),
         )
-        found.append(Case(unit, k, top_k, few, local, want, hard_rows(tokens, k), tiles, groups))
+        found.append(Case(unit, k, top_k, local, want, hard_rows(tokens, k), tiles, groups))
     return found
 
 
@@ -153,15 +149,28 @@ def check_scatter() -> None:
                 values = of_slots if source is ScaleSource.NONE else quantized(of_slots, gs)
                 image = case.image()
                 row_scale = case.row_scale()
-                with mock.patch.object(stages, "_FEW_TOKENS", case.few):
-                    stages.scatter_rows(
-                        case.x, image.view(torch.bfloat16), row_scale, case.groups, case.local, case.unit, case.top_k,
-                        source=source, scale=scale, weights=weights,
-                    )  # fmt: skip
+                scatter_rows(
+                    case.x, image.view(torch.bfloat16), row_scale, case.groups, case.local, case.unit, case.top_k,
+                    source=source, scale=scale, weights=weights,
+                )  # fmt: skip
                 if source is ScaleSource.NONE and weights is None:
                     assert torch.equal(image, case.image(values))
                 assert_same(image, case.image(values))
                 assert torch.equal(row_scale, case.scales(gs))
+
+
+def check_gather() -> None:
+    """With and without scales: each slot's row is its token, bit for bit; the rest keeps what it holds."""
+    for case in cases():
+        tokens = case.x.shape[0]
+        for scale in (None, torch.rand(tokens, generator=torch.Generator().manual_seed(1))):
+            image, row_scale = case.image(), case.row_scale()
+            gather_rows(
+                case.x, scale, image.view(torch.bfloat16), row_scale, case.tiles, case.groups, case.unit, case.top_k
+            )
+            assert torch.equal(image, case.image(case.of_slots(case.x)))
+            of_slots = torch.full((tokens,), -7.0) if scale is None else scale
+            assert torch.equal(row_scale, case.scales(of_slots.repeat_interleave(case.top_k)))
 
 
 def check_quantize() -> None:
@@ -197,5 +206,6 @@ def check_amax() -> None:
 if __name__ == "__main__":
     mend()
     check_scatter()
+    check_gather()
     check_quantize()
     check_amax()

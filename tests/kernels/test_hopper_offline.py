@@ -12,7 +12,7 @@ from layer_cases import largest_call
 pytest.importorskip("triton")
 
 from dsv4.backends.base import Call, InputScales, Packed
-from dsv4.backends.hopper import TILINGS, HopperBackend
+from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper import launch
 from dsv4.kernels.hopper.packing import pack
@@ -74,7 +74,7 @@ def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tupl
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
 def test_two_products_hand_over_an_image(line, mode):
-    """Every line, every mode: operands fit (or the launcher refuses), GEMM 1 multiplies what was scattered and GEMM 2
+    """Every line, every mode: operands fit (or the launcher refuses), GEMM 1 multiplies the tokens' image and GEMM 2
     what GEMM 1 wrote, each token has a scale of its own where activations are quantized, and the routing weight where
     it acts in GEMM 1. Around the products are the stages meant, in order."""
     top_k = MODES[mode].get("top_k", K)
@@ -97,33 +97,45 @@ def test_two_products_hand_over_an_image(line, mode):
     assert first.arguments[13] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
     assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
     names = [stage.kernel.fn.__name__ for stage in stages]
-    of_batch = mode == "tensor"
+    of_batch, of_expert, few = mode == "tensor", mode == "per-expert", tokens <= FEW_TOKENS
+    staged = not few and (mode == "input" or (quantized and not of_expert))
     assert names[names.index("_place") :] == [
         "_place",
         *(["_batch_amax"] if of_batch else []),
-        "_scatter_rows",
+        *(["_stage_rows"] if staged else []),
+        "_scatter_rows" if few else "_gather_rows",
+        *(["_quantize_image"] if of_expert and not few else []),
         *(["_image_amax"] if of_batch else []),
         *(["_quantize_image"] if quantized else []),
         "_combine",
     ]
-    scatter = stages[names.index("_scatter_rows")].arguments
-    assert scatter["image"].data_ptr() == first.arguments[1]
-    assert scatter["SOURCE"] == SCALED_BY[mode]
-    assert scatter["HAS_WEIGHT"] == (mode == "input")
+    arguments = {name: stage.arguments for name, stage in zip(names, stages, strict=True)}
+    placing = arguments["_scatter_rows" if few else "_gather_rows"]
+    assert placing["image"].data_ptr() == first.arguments[1]
+    if few or staged:
+        quantizing = arguments["_scatter_rows" if few else "_stage_rows"]
+        assert quantizing["SOURCE"] == SCALED_BY[mode]
+        assert quantizing["HAS_WEIGHT"] == (mode == "input")
+    if staged:
+        assert placing["x"].data_ptr() == arguments["_stage_rows"]["out"].data_ptr()
+        assert placing["HAS_SCALE"] == quantized
 
 
 @pytest.mark.parametrize(
-    ("mode", "h", "i"),
+    ("tokens", "mode", "h", "i"),
     [
-        ("per-expert", 4096, 2048),
-        pytest.param("w4a16", 7168, 3072, marks=pytest.mark.kernels),
-        pytest.param("token", 7168, 3072, marks=pytest.mark.kernels),
-        pytest.param("tensor", 7168, 3072, marks=pytest.mark.kernels),
+        (FEW_TOKENS, "per-expert", 4096, 2048),
+        (FEW_TOKENS + 1, "token", 4096, 2048),
+        *(
+            pytest.param(tokens, mode, 7168, 3072, marks=pytest.mark.kernels)
+            for tokens in (FEW_TOKENS, FEW_TOKENS + 1)
+            for mode in ("w4a16", "token", "tensor", "per-expert")
+        ),
     ],
 )
-def test_stages_compile_for_hopper(mode, h, i, tmp_path):
+def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
     """The stages of this backend alone, on the models' sizes, compile and keep nothing in local memory."""
-    _, found = launches(64, 8, h, i, **MODES[mode])
+    _, found = launches(tokens, 8, h, i, **MODES[mode])
     stages = [stage for stage in found if stage.kernel.fn.__module__ == "dsv4.kernels.hopper.stages"]
     assert stages
     for stage in stages:
