@@ -254,6 +254,29 @@ class Nvfp4MoE:
             )
         self._static_scales = InputScales.updated(self._static_scales, l1, l2)
 
+    def expert_tensors(self) -> dict[str, Tensor]:
+        """What the prepared layer holds of its experts, ``[E, ...]`` each: row e is all there is of local expert e.
+
+        Not copies. Rows copied from here to there, within a layer or between layers of one configuration and backend,
+        move an expert in place, and captured graphs compute with it: this is how a load balancer replaces experts one
+        by one. Static scales that ``l1_scale_policy="max"`` merges stay those of the last ``prepare_*``; where rows are
+        exchanged, use ``"per_expert"``.
+
+        Returns:
+            ``experts`` uint8 ``[E, bytes]``, ``l1_gs`` fp32 ``[E, 2]``, ``l2_gs`` fp32 ``[E]`` and, if the layer has
+            static input scales, ``l1_input_scale`` and ``l2_input_scale``, fp32 ``[E]``.
+
+        Raises:
+            StateError: no weights yet.
+        """
+        packed = self._packed
+        if packed is None:
+            raise StateError("this layer has no weights yet: call prepare_weights_from_stacked first")
+        tensors = {"experts": packed.experts, "l1_gs": packed.l1_gs, "l2_gs": packed.l2_gs}
+        if self._static_scales is not None:
+            tensors |= {"l1_input_scale": self._static_scales.l1, "l2_input_scale": self._static_scales.l2}
+        return tensors
+
     def prepare_weights_direct(
         self,
         l1_fp4: Sequence[Tensor],

@@ -208,6 +208,40 @@ def test_preparing_again_packs_in_place(target):
     assert torch.equal(moe.run(*args), layer(target, seed=2).run(*args))
 
 
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_experts_move_row_by_row(target, mode):
+    """Rows of ``expert_tensors`` copied from another layer are its experts, in place; the rest are untouched."""
+    settings: dict[str, Any] = {**MODES[mode], "l1_scale_policy": "per_expert"}
+    scales = {
+        "l1_input_scale": torch.tensor([0.001, 0.002, 0.004, 0.008], device=target[1]),
+        "l2_input_scale": torch.tensor([0.02, 0.01, 0.04, 0.005], device=target[1]),
+    }
+    static = scales if mode == "w4a4-static" else {}
+    flipped = {name: scale.flip(0) for name, scale in static.items()}
+    here = build(target, random_weights(E, H, INTER, seed=1, split_gate_up=True), top_k=K, **settings, **static)
+    there = build(target, random_weights(E, H, INTER, seed=2, split_gate_up=True), top_k=K, **settings, **flipped)
+    x, w, ids = batch(target, 20)
+    want = torch.where((ids == 1).unsqueeze(-1), *(_slots(moe, x, w, ids) for moe in (there, here))).sum(dim=1)
+    pointers = {name: t.data_ptr() for name, t in here.expert_tensors().items()}
+    for name, tensor in there.expert_tensors().items():
+        here.expert_tensors()[name][1].copy_(tensor[1])
+    got = here.run(x, w, ids, out_dtype=torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert {name: t.data_ptr() for name, t in here.expert_tensors().items()} == pointers
+
+
+def _slots(moe: Nvfp4MoE, x: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The layer's output by choice: fp32 ``[T, k, H]``."""
+    kept = [torch.where(torch.arange(K, device=ids.device) == choice, ids, -1) for choice in range(K)]
+    return torch.stack([moe.run(x, w, i, out_dtype=torch.float32) for i in kept], dim=1)
+
+
+def test_expert_tensors_need_weights():
+    """Before weights are prepared there are none."""
+    with pytest.raises(StateError, match="no weights"):
+        Nvfp4MoE(E, H, INTER, top_k=K, device="cpu").expert_tensors()
+
+
 def test_prepare_weights_direct(target):
     """The older list interface, input features first, gives the same layer."""
     weights = random_weights(E, H, INTER, seed=1)
