@@ -127,11 +127,10 @@ class _Nvfp4Method:
         if self.nvfp4_moe is None:
             self.nvfp4_moe = self._build(layer, weights, mode)
         name, moe = self.plan.name, self.nvfp4_moe
-        static = mode.activation_format == "nvfp4" and mode.activation_scale == "static"
         moe.prepare_weights_from_stacked(
             **weights.arguments,
-            l1_input_scale=weights.l1_input_scale if static else None,
-            l2_input_scale=weights.l2_input_scale if static else None,
+            l1_input_scale=weights.l1_input_scale if mode.static else None,
+            l2_input_scale=weights.l2_input_scale if mode.static else None,
         )
         parameters.replace_packed(layer, self.names, moe.expert_tensors())
         if mode.reason:

@@ -181,6 +181,18 @@ class Mode:
     l1_scale_policy: L1ScalePolicy
     reason: str | None = None
 
+    @property
+    def static(self) -> bool:
+        """True where the checkpoint's input scales are used."""
+        return self.activation_format == "nvfp4" and self.activation_scale == "static"
+
+    def __str__(self) -> str:
+        if self.activation_format == "bf16":
+            return "W4A16"
+        return f"W4A4 with {self.activation_scale} scales" + (
+            ", one for each expert" if self.l1_scale_policy == "per_expert" else ""
+        )
+
 
 def choose_mode(wanted: Activations, weights: LoadedWeights, *, experts_move: bool) -> Mode:
     """What a layer with these weights is computed in.

@@ -1,0 +1,36 @@
+"""A vLLM that can build layers on this machine, with the plug-in loaded by vLLM's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    from vllm_plugin import layers
+
+    @pytest.fixture(scope="session", autouse=True)
+    def plugin() -> None:
+        """vLLM, made to run here, and the plug-in."""
+        layers.start()
+
+    @pytest.fixture(params=layers.DEVICES)
+    def device(request: pytest.FixtureRequest) -> torch.device:
+        """Each device that this machine has."""
+        return torch.device(request.param)
+
+    @pytest.fixture(params=["modelopt", "compressed-tensors"])
+    def layout(request: pytest.FixtureRequest) -> str:
+        """Both checkpoint layouts that vLLM has NVFP4 experts in."""
+        return str(request.param)
+
+    @pytest.fixture(autouse=True)
+    def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """No switch of the caller's in the tests' way."""
+        for name in ("DSV4_VLLM", "DSV4_VLLM_ACTIVATIONS", "DSV4_BACKEND"):
+            monkeypatch.delenv(name, raising=False)
+        yield
