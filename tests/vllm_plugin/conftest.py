@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -29,8 +28,7 @@ else:
         return str(request.param)
 
     @pytest.fixture(autouse=True)
-    def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         """No switch of the caller's in the tests' way."""
         for name in ("DSV4_VLLM", "DSV4_VLLM_ACTIVATIONS", "DSV4_BACKEND"):
             monkeypatch.delenv(name, raising=False)
-        yield

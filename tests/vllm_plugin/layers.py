@@ -75,6 +75,9 @@ class Ranks:
         )  # fmt: skip
 
 
+ALONE = Ranks()
+
+
 @cache
 def vllm_config(device: str, max_num_batched_tokens: int | None = None) -> VllmConfig:
     """The configuration that layers are built and run under."""
@@ -117,7 +120,7 @@ def build(
     inter: int,
     top_k: int,
     device: torch.device,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     config: VllmConfig | None = None,
     parallel: FusedMoEParallelConfig | None = None,
     activation: MoEActivation = MoEActivation.SILU,

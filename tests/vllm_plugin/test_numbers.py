@@ -11,10 +11,10 @@ import pytest
 import torch
 from layer_cases import BAR, inputs
 from oracle import OracleWeights, moe_layer, nearest_reference, random_weights, relative_l2
-from vllm_plugin import layers
-from vllm_plugin.layers import Ranks
 
 from dsv4.integrations.vllm import moe_layers
+from vllm_plugin import layers
+from vllm_plugin.layers import Ranks
 
 E, H, INTER, K, LIMIT = 6, 64, 96, 2, 0.75
 SHAPE: dict[str, Any] = {"experts": E, "hidden": H, "inter": INTER, "top_k": K}
@@ -66,11 +66,10 @@ def expected(got: torch.Tensor, batch: tuple[torch.Tensor, ...], case: Case, ran
     return nearest_reference(got, *batch, weights, **settings)
 
 
-def loaded(path: Path, layout: str, case: Case, device: torch.device, ranks: Ranks = Ranks(), **settings: Any) -> Any:
-    layer = layers.build(
-        layers.quantization(layout), **SHAPE, device=device, ranks=ranks, **{"limit": LIMIT, **settings}
-    )
-    layers.load(layer, layers.write_checkpoint(path / "w.safetensors", layout, case.weights, case.l1_input, case.l2_input))
+def loaded(path: Path, layout: str, case: Case, device: torch.device, ranks: Ranks = layers.ALONE) -> Any:
+    layer = layers.build(layers.quantization(layout), **SHAPE, device=device, ranks=ranks, limit=LIMIT)
+    file = path / "w.safetensors"
+    layers.load(layer, layers.write_checkpoint(file, layout, case.weights, case.l1_input, case.l2_input))
     return layer
 
 

@@ -130,11 +130,10 @@ def read(layer: nn.Module, names: ParameterNames) -> LoadedWeights:
         _require_loaded(name, scale)
     if names.divisors:
         w13_gs, w2_gs, w13_input, w2_input = (1.0 / scale for scale in (w13_gs, w2_gs, w13_input, w2_input))
-    l1, l2 = w13_input.amax(dim=1), w2_input  # a NaN in either half makes the maximum NaN
     unusable = [
         f"{name} of {_experts(bad)}"
-        for name, scale in zip(names.input_scales, (l1, l2), strict=True)
-        if bool((bad := ~(scale.isfinite() & (scale > 0))).any())
+        for name, scale in zip(names.input_scales, (w13_input, w2_input.unsqueeze(1)), strict=True)
+        if bool((bad := ~(scale.isfinite() & (scale > 0)).all(dim=1)).any())
     ]
     return LoadedWeights(
         arguments={
@@ -145,8 +144,8 @@ def read(layer: nn.Module, names: ParameterNames) -> LoadedWeights:
             "l2_sf_stacked": w2_sf,
             "l2_gs": w2_gs,
         },
-        l1_input_scale=None if unusable else l1,
-        l2_input_scale=None if unusable else l2,
+        l1_input_scale=None if unusable else w13_input.amax(dim=1),
+        l2_input_scale=None if unusable else w2_input,
         problem=" and ".join(unusable) or None,
     )
 
