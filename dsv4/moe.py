@@ -339,7 +339,7 @@ class Nvfp4MoE:
         self._check_inputs(hidden_states, topk_weights, topk_ids, None)
         packed, scratch = self._ready()
         if self._calibration_amax is None:
-            zeros = torch.zeros(self._config.num_experts, device=self.device)
+            zeros = torch.zeros(self._config.num_experts, dtype=torch.float32, device=self.device)
             self._calibration_amax = (zeros, zeros.clone())
         running = self._calibration_amax
         if hidden_states.shape[0]:
@@ -382,11 +382,11 @@ class Nvfp4MoE:
         """Something to warm up with, in every form that ids and padding come in: every expert gets its share."""
         cfg = self._config
         slots = torch.arange(tokens * cfg.top_k, device=self.device).view(tokens, cfg.top_k)
-        ones = torch.ones(cfg.num_experts, device=self.device)
+        ones = torch.ones(cfg.num_experts, dtype=torch.float32, device=self.device)
         fixed = cfg.quantizes_activations and cfg.activation_scale in ("static", "calibrated")
         call = Call(
             torch.ones(tokens, cfg.hidden_size, dtype=torch.bfloat16, device=self.device),
-            torch.ones(tokens, cfg.top_k, device=self.device),
+            torch.ones(tokens, cfg.top_k, dtype=torch.float32, device=self.device),
             slots % cfg.num_experts + cfg.experts_start_idx,
             self._expert_map,
             input_scales=InputScales.updated(None, ones, ones) if fixed else None,

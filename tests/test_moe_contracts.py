@@ -13,7 +13,7 @@ from layer_cases import MODES, build, inputs, on, poisoned, weights_on
 from oracle import random_weights
 
 from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Workspace
-from dsv4.backends import BACKENDS, choose
+from dsv4.backends import BACKENDS, choose, reference
 from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
@@ -339,6 +339,28 @@ def test_a_calibration_serves_static_weights_without_scales(target):
 
 
 # Settings
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchs_default_dtype_does_not_matter(target, mode, monkeypatch):
+    """Frameworks build models under a default dtype of bf16: a layer that is made, packed, warmed up and run then is
+    the same, bit by bit."""
+    monkeypatch.setattr(reference, "_pair_table", reference._pair_table.__wrapped__)  # not those of an earlier layer
+    monkeypatch.setattr(reference, "_code_table", reference._code_table.__wrapped__)
+    args = batch(target)
+
+    def outcome() -> list[torch.Tensor]:
+        moe = layer(target, **MODES[mode])
+        moe.warmup([1])
+        return [moe.run(*args), *moe.compute_activation_global_scales(*args)]
+
+    want = outcome()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = outcome()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(g.dtype == w.dtype and torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_setters_take_full_effect_before_warmup(target):

@@ -49,8 +49,8 @@ class Packed:
         """Room for ``num_experts`` of ``expert_bytes`` each; contents undefined."""
         return cls(
             experts=torch.empty(num_experts, expert_bytes, dtype=torch.uint8, device=device),
-            l1_gs=torch.empty(num_experts, 2, device=device),
-            l2_gs=torch.empty(num_experts, device=device),
+            l1_gs=torch.empty(num_experts, 2, dtype=torch.float32, device=device),
+            l2_gs=torch.empty(num_experts, dtype=torch.float32, device=device),
         )
 
     @property

@@ -303,7 +303,7 @@ class PortableBackend:
     def _expert_amax(self, amax: Tensor, tables: RoutingBuffers) -> Tensor:
         local = tables.local_ids.long()
         amax = torch.where(local >= 0, amax, 0.0)
-        result = torch.zeros(self.config.num_experts, device=self.device)
+        result = torch.zeros(self.config.num_experts, dtype=torch.float32, device=self.device)
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
 
 

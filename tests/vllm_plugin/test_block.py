@@ -7,14 +7,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.layer as fused_moe
 from layer_cases import BAR, inputs
 from oracle import OracleWeights, moe_layer, nearest_reference, random_weights, relative_l2
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -42,15 +40,6 @@ def route(
     """Softmax, then the best; vLLM's own router is a CUDA kernel."""
     weights, ids = torch.softmax(gating_output.float(), dim=-1).topk(topk, dim=-1)
     return weights, ids.int()
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """vLLM's process groups, of one process."""
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    with set_current_vllm_config(layers.vllm_config(layers.DEVICES[-1])):
-        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        initialize_model_parallel(1)
 
 
 def test_shared_experts_are_left_to_vllm(one_process, device, tmp_path):

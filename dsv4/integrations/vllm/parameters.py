@@ -35,6 +35,9 @@ from dsv4.errors import InputError
 Activations = Literal["static", "token", "bf16"]
 """W4A4 with the checkpoint's scales, W4A4 with each token's own, or W4A16."""
 
+ACTIVATIONS = "DSV4_VLLM_ACTIVATIONS"
+"""The environment variable that chooses between them; ``static`` without it."""
+
 _NAN_E4M3 = 0x7F
 _DUMMY_BLOCK_SCALE, _DUMMY_SCALE = 1.0, 1e-3
 

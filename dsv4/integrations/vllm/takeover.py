@@ -15,14 +15,10 @@ from dsv4.backends import choose, explain_all
 from dsv4.config import MoEConfig
 from dsv4.errors import BackendError, ConfigError
 from dsv4.integrations.vllm.methods import METHODS, Plan
-from dsv4.integrations.vllm.parameters import Activations
+from dsv4.integrations.vllm.parameters import ACTIVATIONS, Activations
 from dsv4.nvfp4 import BLOCK
 
 _log = logging.getLogger("vllm.dsv4")
-
-ACTIVATIONS = "DSV4_VLLM_ACTIVATIONS"
-"""The environment variable that chooses how activations are computed with: ``static`` (the checkpoint's scales, the
-default), ``token`` or ``bf16``."""
 
 MAX_NUM_TOKENS = 8192
 """Scratch is sized for no more; larger calls are cut."""
