@@ -79,11 +79,10 @@ ALONE = Ranks()
 
 
 @cache
-def vllm_config(device: str, max_num_batched_tokens: int | None = None) -> VllmConfig:
+def vllm_config(device: str, max_num_batched_tokens: int = 64) -> VllmConfig:
     """The configuration that layers are built and run under."""
     config = VllmConfig(device_config=DeviceConfig(device=device))
-    if max_num_batched_tokens is not None:
-        config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
+    config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
     return config
 
 

@@ -171,14 +171,38 @@ def test_stale_padding(layout, scales, device, tmp_path):
     assert got[16:].isnan().all()
 
 
-def test_nothing_is_allocated_or_read_while_running(device, tmp_path, no_host_sync):
-    """After loading, a layer is ready: on a GPU nothing waits for the host (a graph could hold it)."""
-    if device.type == "cpu":
-        pytest.skip("the CPU reference reads the counts of rows, by contract")
-    layer = loaded(tmp_path, "modelopt", random_weights(E, H, INTER, seed=8), device)
-    batch = [t.to(device) for t in inputs(19, H, K, E)]
-    with no_host_sync():
-        layers.run(layer, *batch)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scales", [True, False])
+def test_nothing_is_compiled_or_tuned_inside_a_capture(layout, scales, tmp_path, monkeypatch):
+    """Straight after loading, graphs are captured at vLLM's sizes: no kernel is compiled, nothing waits for the host,
+    and replays compute other inputs of that size."""
+    from triton import knobs
+
+    device = torch.device("cuda")
+    w = random_weights(E, H, INTER, seed=8)
+    l1, l2 = (20 * ONES / 2688, ONES / 2688) if scales else (None, None)
+    layer = loaded(tmp_path, layout, w, device, l1=l1, l2=l2)
+    sizes = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))
+    graphs = {}
+    for size in reversed(sizes):
+        buffers = [t.to(device) for t in inputs(size, H, K, E, seed=size)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layers.run(layer, *buffers)
+        graphs[size] = graph, buffers, out
+    assert not compiled
+    settings = {**STATIC, "l1_input_scale": l1, "l2_input_scale": l2} if scales else W4A16
+    for size in sizes:
+        graph, buffers, out = graphs[size]
+        batch = inputs(size, H, K, E, seed=100 + size)
+        for buffer, new in zip(buffers, batch, strict=True):
+            buffer.copy_(new)
+        graph.replay()
+        got = out.float().cpu()
+        assert relative_l2(got, nearest_reference(got, *batch, w, **settings)) <= BAR
 
 
 def _hearing(caplog: pytest.LogCaptureFixture) -> Any:
