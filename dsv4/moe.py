@@ -361,7 +361,8 @@ class Nvfp4MoE:
         For ids of either width, with and without an int32 ``num_valid_tokens``, and every dtype of results.
 
         Args:
-            token_budgets: by default 1, 2, 4, ... up to ``max_num_tokens``, which is always included.
+            token_budgets: by default 1, 2, 4, ... up to ``max_num_tokens``, which is always included, and what the
+                backend needs beside them, so that no later call compiles anything, whatever its number of tokens.
 
         Raises:
             StateError: no weights yet.
@@ -369,13 +370,15 @@ class Nvfp4MoE:
         """
         most = self._config.max_num_tokens
         if token_budgets is None:
-            token_budgets = [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
+            powers = (1 << i for i in range(most.bit_length()) if 1 << i < most)
+            token_budgets = sorted({*powers, most, *self._backend.budgets()})
         for budget in token_budgets:
             if not 1 <= budget <= most:
                 raise ConfigError(f"warmup: token budgets must be in 1 .. max_num_tokens = {most}, found {budget}")
         packed, scratch = self._ready()
         with self._workspace.exclusive():
-            self._backend.warmup(packed, scratch, [c for budget in token_budgets for c in self._sample_calls(budget)])
+            for budget in token_budgets:
+                self._backend.warmup(packed, scratch, self._sample_calls(budget))
         self._warm = True
 
     def _sample_calls(self, tokens: int) -> list[Call]:

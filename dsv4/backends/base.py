@@ -141,6 +141,9 @@ class Backend(Protocol):
     def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
         """Scratch for ``max_num_tokens``, from the capacity bound."""
 
+    def budgets(self) -> Sequence[int]:
+        """Numbers of tokens that, warmed up, leave nothing to compile for any other, up to ``max_num_tokens``."""
+
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         """Do everything that may compile or allocate, for calls like these and results of every dtype."""
 

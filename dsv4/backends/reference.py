@@ -99,6 +99,9 @@ class ReferenceBackend:
 
         return MoEWeights(*restore(self._l1), packed.l1_gs.clone(), *restore(self._l2), packed.l2_gs.clone())
 
+    def budgets(self) -> Sequence[int]:
+        return (1,)
+
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         _pair_table(self.device)
         _code_table(self.device)

@@ -209,6 +209,10 @@ class RoutingConfig:
             return cls(_SMALL_CHUNK, max(64, triton.next_power_of_2(slots)), False)
         return cls(_CHUNK if slots <= _MANY_SLOTS else _LARGE_CHUNK, max(1, _HISTOGRAM_TILE // bins), True)
 
+    def own(self, slots: int, bins: int) -> int:
+        """Experts whose padding a program writes."""
+        return triton.next_power_of_2(triton.cdiv(bins, triton.cdiv(slots, self.chunk)))
+
 
 def histogram_size(slots: int, num_experts: int) -> int:
     """int32 elements of scratch that any call of up to ``slots`` slots needs."""
@@ -262,6 +266,6 @@ def route(
     _place[(chunks,)](
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *sizes, rows, rows // row_tile, chunks,
-        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
+        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=config.own(slots, bins),
         P=row_tile, num_warps=config.num_warps,
     )  # fmt: skip
