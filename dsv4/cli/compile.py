@@ -19,6 +19,7 @@ def compile_kernels(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile a model's kernels into the cache ($DSV4_CACHE_DIR), with no GPU."""
+    from dsv4.backends import proof
     from dsv4.backends.hopper import kernels
     from dsv4.kernels.hopper import cache
 
@@ -27,7 +28,7 @@ def compile_kernels(
     if shape not in SHAPES:
         raise ConfigError(f"--shape {shape}: no such shape, expected {', '.join(SHAPES)}")
     layer, start = SHAPES[shape], time.perf_counter()
-    needed = set()
+    configs = proof.configurations()
     forms: tuple[Literal["bf16", "nvfp4"], ...] = ("bf16", "nvfp4")
     for form in forms:
         config = MoEConfig(
@@ -38,7 +39,8 @@ def compile_kernels(
             activation_format=form,
             swiglu_limit=layer.swiglu_limit,
         )
-        needed.update(kernels(config))
+        configs.append(config)
+    needed = {kernel for config in configs for kernel in kernels(config)}
     missing = [kernel for kernel in needed if cache.lookup(kernel) is None]
     for kernel in missing:
         cache.load(kernel)
