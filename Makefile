@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-kernels test-convert fuzz lint bench train clean
+.PHONY: demo test test-all test-kernels test-convert test-vllm fuzz lint bench train clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py
@@ -23,6 +23,22 @@ test-kernels: $(STAMP)
 # Conversions killed a hundred times, at random points.
 test-convert: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/checkpoints/test_convert_interrupted.py
+
+# The plug-in against the oldest and the newest vLLM that it serves, on a CPU. An environment each, with the real release:
+# gigabytes to fetch and to keep, in .venv-vllm, which is why this is no part of `make test`.
+VLLM := 0.24.0 0.33.0
+
+test-vllm: $(VLLM:%=test-vllm-%)
+
+test-vllm-%: .venv-vllm/%/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/$*/bin/python -m pytest tests/vllm_plugin
+
+.SECONDARY: $(VLLM:%=.venv-vllm/%/.installed)
+
+.venv-vllm/%/.installed: scripts/vllm_environment.py constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm/$*
+	.venv-vllm/$*/bin/python scripts/vllm_environment.py $*
+	touch $@
 
 # Hostile checkpoints, 100,000 of them (minutes); a failure names its seed: make fuzz FUZZ="--first SEED --count 1".
 fuzz: $(STAMP)
@@ -51,4 +67,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -121,6 +121,30 @@ def _peer_cell(times: dict[str, float], peer: str, ours: Sequence[str]) -> str:
     return f"{us:,.0f} (dsv4 {us / min(times[name] for name in same):.2f}x its speed)"
 
 
+def vllm_layers_table(document: dict[str, Any]) -> str:
+    """Markdown of ``gpu_layer.py`` with vLLM's layers: its own kernels, and ours in their place with our speed beside
+    the faster of these."""
+    theirs = [name for name in ("vllm-marlin", "vllm-humming") if name in document["peers"]]
+    ours = [name for name in document["peers"] if name not in theirs]
+    rows = [["tokens a call", "floor", *(PEERS[name].label for name in (*theirs, *ours))]]
+    for result in document["results"]:
+        times = result["us"]
+        row = [str(result["tokens"]), f"{result['floor_us']:,.0f}"]
+        row += [f"{times[name]:,.0f}" if name in times else "-" for name in theirs]
+        fastest = min((times[name] for name in theirs if name in times), default=None)
+        for name in ours:
+            ratio = f" ({fastest / times[name]:.2f}x)" if fastest and name in times else ""
+            row.append(f"{times[name]:,.0f}{ratio}" if name in times else "-")
+        rows.append(row)
+    versions = document["versions"]
+    source = (
+        f"Microseconds of one layer (speed against the faster of vLLM's own), {document['shape']}, "
+        f"{document['routing']} routing; {document['gpu']}, vLLM {versions['vllm']}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, {document['peers'][ours[0]]['kernel']}, commit {document['commit']}."
+    )
+    return f"{_markdown(rows)}\n\n{source}"
+
+
 _SOURCES = {"dense": "bf16", "mxfp4": "MXFP4"}
 
 
@@ -146,6 +170,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:cpu_layer_1_thread": ("cpu_layer_1_thread.json", cpu_layer_table),
     "bench:h200_v4_flash": ("h200_v4_flash.json", gpu_layer_table),
     "bench:h200_v4_flash_hopper": ("h200_v4_flash_hopper.json", gpu_layer_table),
+    "bench:h200_vllm_layers": ("h200_vllm_layers.json", vllm_layers_table),
     "bench:convert": ("convert.json", convert_table),
     "demo": ("demo.json", demo_table),
 }

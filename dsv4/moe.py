@@ -254,6 +254,29 @@ class Nvfp4MoE:
             )
         self._static_scales = InputScales.updated(self._static_scales, l1, l2)
 
+    def expert_tensors(self) -> dict[str, Tensor]:
+        """What the prepared layer holds of its experts, ``[E, ...]`` each: row e is all there is of local expert e.
+
+        Not copies. Rows copied from here to there, within a layer or between layers of one configuration and backend,
+        move an expert in place, and captured graphs compute with it: this is how a load balancer replaces experts one
+        by one. Static scales that ``l1_scale_policy="max"`` merges stay those of the last ``prepare_*``; where rows are
+        exchanged, use ``"per_expert"``.
+
+        Returns:
+            ``experts`` uint8 ``[E, bytes]``, ``l1_gs`` fp32 ``[E, 2]``, ``l2_gs`` fp32 ``[E]`` and, if the layer has
+            static input scales, ``l1_input_scale`` and ``l2_input_scale``, fp32 ``[E]``.
+
+        Raises:
+            StateError: no weights yet.
+        """
+        packed = self._packed
+        if packed is None:
+            raise StateError("this layer has no weights yet: call prepare_weights_from_stacked first")
+        tensors = {"experts": packed.experts, "l1_gs": packed.l1_gs, "l2_gs": packed.l2_gs}
+        if self._static_scales is not None:
+            tensors |= {"l1_input_scale": self._static_scales.l1, "l2_input_scale": self._static_scales.l2}
+        return tensors
+
     def prepare_weights_direct(
         self,
         l1_fp4: Sequence[Tensor],
@@ -316,7 +339,7 @@ class Nvfp4MoE:
         self._check_inputs(hidden_states, topk_weights, topk_ids, None)
         packed, scratch = self._ready()
         if self._calibration_amax is None:
-            zeros = torch.zeros(self._config.num_experts, device=self.device)
+            zeros = torch.zeros(self._config.num_experts, dtype=torch.float32, device=self.device)
             self._calibration_amax = (zeros, zeros.clone())
         running = self._calibration_amax
         if hidden_states.shape[0]:
@@ -338,7 +361,8 @@ class Nvfp4MoE:
         For ids of either width, with and without an int32 ``num_valid_tokens``, and every dtype of results.
 
         Args:
-            token_budgets: by default 1, 2, 4, ... up to ``max_num_tokens``, which is always included.
+            token_budgets: by default 1, 2, 4, ... up to ``max_num_tokens``, which is always included, and what the
+                backend needs beside them, so that no later call compiles anything, whatever its number of tokens.
 
         Raises:
             StateError: no weights yet.
@@ -346,24 +370,26 @@ class Nvfp4MoE:
         """
         most = self._config.max_num_tokens
         if token_budgets is None:
-            token_budgets = [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
+            powers = (1 << i for i in range(most.bit_length()) if 1 << i < most)
+            token_budgets = sorted({*powers, most, *self._backend.budgets()})
         for budget in token_budgets:
             if not 1 <= budget <= most:
                 raise ConfigError(f"warmup: token budgets must be in 1 .. max_num_tokens = {most}, found {budget}")
         packed, scratch = self._ready()
         with self._workspace.exclusive():
-            self._backend.warmup(packed, scratch, [c for budget in token_budgets for c in self._sample_calls(budget)])
+            for budget in token_budgets:
+                self._backend.warmup(packed, scratch, self._sample_calls(budget))
         self._warm = True
 
     def _sample_calls(self, tokens: int) -> list[Call]:
         """Something to warm up with, in every form that ids and padding come in: every expert gets its share."""
         cfg = self._config
         slots = torch.arange(tokens * cfg.top_k, device=self.device).view(tokens, cfg.top_k)
-        ones = torch.ones(cfg.num_experts, device=self.device)
+        ones = torch.ones(cfg.num_experts, dtype=torch.float32, device=self.device)
         fixed = cfg.quantizes_activations and cfg.activation_scale in ("static", "calibrated")
         call = Call(
             torch.ones(tokens, cfg.hidden_size, dtype=torch.bfloat16, device=self.device),
-            torch.ones(tokens, cfg.top_k, device=self.device),
+            torch.ones(tokens, cfg.top_k, dtype=torch.float32, device=self.device),
             slots % cfg.num_experts + cfg.experts_start_idx,
             self._expert_map,
             input_scales=InputScales.updated(None, ones, ones) if fixed else None,

@@ -229,7 +229,7 @@ class Nvfp4Tensor:
     @classmethod
     def quantize(cls, x: Tensor, *, four_over_six: bool = False) -> Nvfp4Tensor:
         """Quantize ``x [..., K]`` with one global scale from its largest magnitude (non-finite rows left out)."""
-        amax = finite_row_amax(x).amax() if x.numel() else torch.zeros((), device=x.device)
+        amax = finite_row_amax(x).amax() if x.numel() else torch.zeros((), dtype=torch.float32, device=x.device)
         if four_over_six:
             gs = global_scale(amax, GS_DIVISOR_4_OVER_6)
             return cls(*quantize_blocks_4_over_6(x, gs), gs)

@@ -13,7 +13,7 @@ from layer_cases import MODES, build, inputs, on, poisoned, weights_on
 from oracle import random_weights
 
 from dsv4 import BackendError, ConfigError, InputError, Nvfp4MoE, StateError, Workspace
-from dsv4.backends import BACKENDS, choose
+from dsv4.backends import BACKENDS, choose, reference
 from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
@@ -237,6 +237,40 @@ def test_preparing_again_packs_in_place(target):
     assert torch.equal(moe.run(*args), layer(target, seed=2).run(*args))
 
 
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_experts_move_row_by_row(target, mode):
+    """Rows of ``expert_tensors`` copied from another layer are its experts, in place; the rest are untouched."""
+    settings: dict[str, Any] = {**MODES[mode], "l1_scale_policy": "per_expert"}
+    scales = {
+        "l1_input_scale": torch.tensor([0.001, 0.002, 0.004, 0.008], device=target[1]),
+        "l2_input_scale": torch.tensor([0.02, 0.01, 0.04, 0.005], device=target[1]),
+    }
+    static = scales if mode == "w4a4-static" else {}
+    flipped = {name: scale.flip(0) for name, scale in static.items()}
+    here = build(target, random_weights(E, H, INTER, seed=1, split_gate_up=True), top_k=K, **settings, **static)
+    there = build(target, random_weights(E, H, INTER, seed=2, split_gate_up=True), top_k=K, **settings, **flipped)
+    x, w, ids = batch(target, 20)
+    want = torch.where((ids == 1).unsqueeze(-1), *(_slots(moe, x, w, ids) for moe in (there, here))).sum(dim=1)
+    pointers = {name: t.data_ptr() for name, t in here.expert_tensors().items()}
+    for name, tensor in there.expert_tensors().items():
+        here.expert_tensors()[name][1].copy_(tensor[1])
+    got = here.run(x, w, ids, out_dtype=torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert {name: t.data_ptr() for name, t in here.expert_tensors().items()} == pointers
+
+
+def _slots(moe: Nvfp4MoE, x: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The layer's output by choice: fp32 ``[T, k, H]``."""
+    kept = [torch.where(torch.arange(K, device=ids.device) == choice, ids, -1) for choice in range(K)]
+    return torch.stack([moe.run(x, w, i, out_dtype=torch.float32) for i in kept], dim=1)
+
+
+def test_expert_tensors_need_weights():
+    """Before weights are prepared there are none."""
+    with pytest.raises(StateError, match="no weights"):
+        Nvfp4MoE(E, H, INTER, top_k=K, device="cpu").expert_tensors()
+
+
 def test_prepare_weights_direct(target):
     """The older list interface, input features first, gives the same layer."""
     weights = random_weights(E, H, INTER, seed=1)
@@ -334,6 +368,28 @@ def test_a_calibration_serves_static_weights_without_scales(target):
 
 
 # Settings
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchs_default_dtype_does_not_matter(target, mode, monkeypatch):
+    """Frameworks build models under a default dtype of bf16: a layer that is made, packed, warmed up and run then is
+    the same, bit by bit."""
+    monkeypatch.setattr(reference, "_pair_table", reference._pair_table.__wrapped__)  # not those of an earlier layer
+    monkeypatch.setattr(reference, "_code_table", reference._code_table.__wrapped__)
+    args = batch(target)
+
+    def outcome() -> list[torch.Tensor]:
+        moe = layer(target, **MODES[mode])
+        moe.warmup([1])
+        return [moe.run(*args), *moe.compute_activation_global_scales(*args)]
+
+    want = outcome()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = outcome()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(g.dtype == w.dtype and torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_setters_take_full_effect_before_warmup(target):

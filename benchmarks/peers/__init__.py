@@ -35,6 +35,8 @@ PEERS = {
     "transformers": Entry(("transformers_experts", "TransformersExperts"), "Transformers bf16", color="#666666"),
     "vllm-marlin": Entry(("vllm_layers", "Marlin"), "vLLM Marlin W4A16", color="#56B4E9"),
     "vllm-humming": Entry(("vllm_layers", "VllmHumming"), "vLLM Humming W4A16", color="#F0E442"),
+    "vllm-dsv4-w4a16": Entry(("vllm_layers", "PluginW4A16"), "dsv4 in vLLM W4A16", color="#0072B2"),
+    "vllm-dsv4-w4a4": Entry(("vllm_layers", "PluginW4A4"), "dsv4 in vLLM W4A4", quantizes=True, color="#009E73"),
     "vllm-emulation": Entry(("vllm_layers", "Emulation"), "vLLM emulation W4A4", quantizes=True, color="#CC79A7"),
 }
 """A contender belongs to the peer whose name it is, or begins with (``humming-grouped``)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from reference import BF16, Activations
 
 from dsv4.cli._layer import Call
 from dsv4.cli._machine import versions
+from dsv4.integrations.vllm import register
+from dsv4.integrations.vllm.parameters import ACTIVATIONS
 from peers.base import Setup, Unavailable
 from peers.scripts import load_script
 
@@ -25,12 +28,17 @@ class _VllmLayer:
     backend = ""
     quantizes = False
 
+    @property
+    def name(self) -> str:
+        """Of its contender."""
+        return f"vllm-{self.backend}"
+
     def __init__(self, setup: Setup):
         if not torch.cuda.is_available():
             raise Unavailable("vLLM's NVFP4 layers need a CUDA device")
         try:
             script = self._script = load_script(setup.folder, "bench_vllm_experts", "vllm_boot.py")
-            self._config = _vllm_config(script, setup.device)
+            self._config = _vllm_config(script, setup)
         except (ImportError, RuntimeError) as error:
             raise Unavailable(f"vLLM does not load: {error}") from error
         shape, weights = setup.shape, setup.weights
@@ -73,7 +81,7 @@ class _VllmLayer:
 
         return [
             Contender(
-                f"vllm-{self.backend}",
+                self.name,
                 run,
                 self._activations,
                 NVFP4_TOLERANCE if self.quantizes else BF16_TOLERANCE,
@@ -107,9 +115,52 @@ class Emulation(_VllmLayer):
     quantizes = True
 
 
-def _vllm_config(script: Any, device: torch.device) -> Any:
+class _ThroughPlugin(_VllmLayer):
+    """vLLM's layer with dsv4 behind it: what our plug-in makes of the same weights. The others ask for a backend of
+    vLLM's by name, and are left alone by it."""
+
+    backend = "auto"
+
+    def __init__(self, setup: Setup):
+        register()
+        with _environment(ACTIVATIONS, "static" if self.quantizes else "bf16"):
+            super().__init__(setup)
+        moe = getattr(self._layer.quant_method, "nvfp4_moe", None)
+        if moe is None:
+            raise Unavailable("the plug-in left this layer to vLLM")
+        self.facts["kernel"] = f"dsv4 {moe.backend_name}"
+
+
+class PluginW4A16(_ThroughPlugin):
+    """The plug-in, activations as they are."""
+
+    name = "vllm-dsv4-w4a16"
+
+
+class PluginW4A4(_ThroughPlugin):
+    """The plug-in, static scales."""
+
+    name = "vllm-dsv4-w4a4"
+    quantizes = True
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _vllm_config(script: Any, setup: Setup) -> Any:
     """vLLM's configuration; its workspaces are set up once for all layers."""
     if not hasattr(script, "shared_config"):
-        script.init_workspace_manager(device)
+        script.init_workspace_manager(setup.device)
         script.shared_config = script.VllmConfig()
+        script.shared_config.scheduler_config.max_num_batched_tokens = max(setup.tokens)
     return script.shared_config

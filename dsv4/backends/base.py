@@ -49,8 +49,8 @@ class Packed:
         """Room for ``num_experts`` of ``expert_bytes`` each; contents undefined."""
         return cls(
             experts=torch.empty(num_experts, expert_bytes, dtype=torch.uint8, device=device),
-            l1_gs=torch.empty(num_experts, 2, device=device),
-            l2_gs=torch.empty(num_experts, device=device),
+            l1_gs=torch.empty(num_experts, 2, dtype=torch.float32, device=device),
+            l2_gs=torch.empty(num_experts, dtype=torch.float32, device=device),
         )
 
     @property
@@ -140,6 +140,9 @@ class Backend(Protocol):
     @classmethod
     def workspace_bytes(cls, config: MoEConfig, device: torch.device) -> int:
         """Scratch for ``max_num_tokens``, from the capacity bound."""
+
+    def budgets(self) -> Sequence[int]:
+        """Numbers of tokens that, warmed up, leave nothing to compile for any other, up to ``max_num_tokens``."""
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         """Do everything that may compile or allocate, for calls like these and results of every dtype."""

@@ -6,8 +6,10 @@ by GEMM 1's loads, and everything after that is indexed by slot: no buffer is pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -130,6 +132,10 @@ class PortableBackend:
 
         l1, l2 = unpack(packed.experts, self._l1), unpack(packed.experts, self._l2)
         return MoEWeights(*l1, packed.l1_gs.clone(), *l2, packed.l2_gs.clone())
+
+    def budgets(self) -> Sequence[int]:
+        cfg = self.config
+        return token_classes(cfg.num_experts, cfg.top_k, cfg.max_num_tokens)
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -306,8 +312,28 @@ class PortableBackend:
     def _expert_amax(self, amax: Tensor, tables: RoutingBuffers) -> Tensor:
         local = tables.local_ids.long()
         amax = torch.where(local >= 0, amax, 0.0)
-        result = torch.zeros(self.config.num_experts, device=self.device)
+        result = torch.zeros(self.config.num_experts, dtype=torch.float32, device=self.device)
         return result.scatter_reduce_(0, local.clamp(min=0), amax, "amax")
+
+
+@cache
+def token_classes(num_experts: int, top_k: int, max_num_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens whose calls, together, launch every variant of the kernels that any call launches.
+
+    A call's variants follow from how its slots are cut up for routing, from its line in the table of tilings (the
+    tables change at mean numbers of rows for each expert that are powers of two), and from the dtype of its slot rows.
+    """
+    from dsv4.kernels.triton.routing import RoutingConfig, num_bins
+
+    bins = num_bins(num_experts)
+    first: dict[tuple[object, ...], int] = {}
+    for tokens in range(1, max_num_tokens + 1):
+        slots = tokens * top_k
+        routing = RoutingConfig.of(slots, bins)
+        mean = math.ceil(math.log2(slots / num_experts))
+        wide = slots <= FP32_SLOTS and 2 * tokens <= max_num_tokens
+        first.setdefault((routing, routing.own(slots, bins), mean, wide), tokens)
+    return tuple(first.values())
 
 
 _ALIGNMENT = 16

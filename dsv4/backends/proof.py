@@ -112,9 +112,10 @@ def _results(backend: type[Backend], config: MoEConfig, device: torch.device) ->
         scratch = torch.empty(cls.workspace_bytes(config, device), dtype=torch.uint8, device=device)
         runs.append((instance, instance.pack(weights), scratch))
     for tokens in _TOKENS:
-        x = torch.randn(tokens, _HIDDEN, device=device, generator=generator).bfloat16()
-        w = torch.rand(tokens, _TOP_K, device=device, generator=generator) + 0.1
-        ids = torch.rand(tokens, _EXPERTS, device=device, generator=generator).argsort(dim=1)[:, :_TOP_K]
+        x = torch.randn(tokens, _HIDDEN, dtype=torch.bfloat16, device=device, generator=generator)
+        w = torch.rand(tokens, _TOP_K, dtype=torch.float32, device=device, generator=generator) + 0.1
+        order = torch.rand(tokens, _EXPERTS, dtype=torch.float32, device=device, generator=generator)
+        ids = order.argsort(dim=1)[:, :_TOP_K]
         half = ids % (_EXPERTS // 2)
         half[1::2] = -1
         for kind, routed in (("random", ids), ("skewed", torch.full_like(ids, 3)), ("half empty", half)):
@@ -128,7 +129,7 @@ def _results(backend: type[Backend], config: MoEConfig, device: torch.device) ->
 
 def _input_scales(device: torch.device) -> InputScales:
     """Different for each expert, around those of normal tokens and of SwiGLU's results under the limit."""
-    scales = torch.linspace(1e-3, 2e-3, _EXPERTS, device=device)
+    scales = torch.linspace(1e-3, 2e-3, _EXPERTS, dtype=torch.float32, device=device)
     return InputScales.updated(None, scales, scales.flip(0))
 
 
@@ -141,7 +142,7 @@ def _weights(config: MoEConfig, device: torch.device, generator: torch.Generator
         sf = torch.randint(0, 0x40, (e, n, k // BLOCK), dtype=torch.uint8, device=device, generator=generator)
         return codes, sf.view(torch.float8_e4m3fn)
 
-    gs = torch.rand(e, 3, device=device, generator=generator) * 0.1 + 0.05
+    gs = torch.rand(e, 3, dtype=torch.float32, device=device, generator=generator) * 0.1 + 0.05
     return MoEWeights(*draw(2 * i, h), gs[:, :2].contiguous(), *draw(h, i), gs[:, 2].contiguous())
 
 

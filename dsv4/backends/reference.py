@@ -99,6 +99,9 @@ class ReferenceBackend:
 
         return MoEWeights(*restore(self._l1), packed.l1_gs.clone(), *restore(self._l2), packed.l2_gs.clone())
 
+    def budgets(self) -> Sequence[int]:
+        return (1,)
+
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         _pair_table(self.device)
         _code_table(self.device)
@@ -275,13 +278,14 @@ class _PairMatrices:
 @cache
 def _code_table(device: torch.device) -> Tensor:
     """``[16]`` fp32: the value of every code."""
-    return torch.tensor(E2M1_VALUES, device=device)
+    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
 
 
 @cache
 def _pair_table(device: torch.device) -> Tensor:
     """``[1, 256]``: the two fp32 values of every byte, as one 8-byte element (complex64)."""
-    values = torch.tensor([[E2M1_VALUES[byte & 0xF], E2M1_VALUES[byte >> 4]] for byte in range(256)])
+    pairs = [[E2M1_VALUES[byte & 0xF], E2M1_VALUES[byte >> 4]] for byte in range(256)]
+    values = torch.tensor(pairs, dtype=torch.float32)
     return values.view(torch.complex64).view(1, -1).to(device)
 
 
@@ -341,5 +345,5 @@ def _of_row(per_expert: Tensor, routing: Routing) -> Tensor:
 def _expert_amax(rows: Tensor, routing: Routing) -> Tensor:
     """``rows [R, K]`` -> fp32 ``[E]``: each expert's largest magnitude, padding and non-finite rows left out."""
     amax = torch.where(routing.row_slot >= 0, finite_row_amax(rows), 0.0)
-    result = torch.zeros(routing.num_experts, device=rows.device)
+    result = torch.zeros(routing.num_experts, dtype=torch.float32, device=rows.device)
     return result.scatter_reduce_(0, routing.row_expert().clamp(min=0).long(), amax, "amax")

@@ -217,15 +217,15 @@ class _Operands:
     def multiply(self) -> Tensor:
         """``A @ B`` without global scales, fp32 ``[rows, N]``; rows past the last end are undefined."""
         if not self.rows:
-            return torch.empty(0, self.columns, device=self._a.device)
+            return torch.empty(0, self.columns, dtype=torch.float32, device=self._a.device)
         expert = torch.where(self.valid, self._expert, -1).to(torch.int32)
         routing = route(expert.unsqueeze(1), self.experts, 1 if self._a.device.type == "cpu" else ROW_TILE)
         # Rows past the last end have no place: they share a spare one behind the others.
         position = routing.slot_row[:, 0].long()
         position = torch.where(position >= 0, position, routing.num_rows)
-        x = torch.zeros(routing.num_rows + 1, 2 * self._a.shape[1], device=self._a.device)
+        x = torch.zeros(routing.num_rows + 1, 2 * self._a.shape[1], dtype=torch.float32, device=self._a.device)
         x[position] = self._decoded_rows()
-        product = torch.zeros(routing.num_rows + 1, self.columns, device=self._a.device)
+        product = torch.zeros(routing.num_rows + 1, self.columns, dtype=torch.float32, device=self._a.device)
         grouped_gemm(x, self._matrices, row_ranges(routing), product)
         return product[position]
 
@@ -245,7 +245,7 @@ class _Operands:
                 f"expert's rows rounded up to {ROW_TILE}), found {self._scale_a.numel()} scales"
             )
         if not buffer_rows:
-            return torch.zeros(self.rows, 2 * self._a.shape[1], device=self._a.device)
+            return torch.zeros(self.rows, 2 * self._a.shape[1], dtype=torch.float32, device=self._a.device)
         linear = Swizzle32x4x4(buffer_rows, cols).unswizzle(self._scale_a)
         row = torch.arange(self.rows, device=self._a.device)
         place = torch.where(self.valid, padded_starts[self._expert] + row - starts[self._expert], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -78,12 +79,15 @@ class Layer:
 VLLM = (
     COMMON
     + """
+import os
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import vllm_boot
 
 ACTIVE = []
+PLUGIN = "portable"
+built = []
 
 
 @contextmanager
@@ -101,7 +105,8 @@ def set_forward_context(attention, config, num_tokens):
 
 
 class VllmConfig:
-    pass
+    def __init__(self):
+        self.scheduler_config = SimpleNamespace(max_num_batched_tokens=0)
 
 
 def init_workspace_manager(device):
@@ -131,6 +136,9 @@ def make_layer(backend, E, L, H, I, topk, limit, device):
         pass
 
     layer.quant_method = SimpleNamespace(process_weights_after_loading=process, experts_cls=Kernel)
+    if backend == "auto" and PLUGIN is not None:
+        layer.quant_method.nvfp4_moe = SimpleNamespace(backend_name=PLUGIN)
+    built.append((backend, os.environ.get("DSV4_VLLM_ACTIVATIONS")))
     layer.forward_modular = forward_modular
     return layer
 """
@@ -204,3 +212,37 @@ def test_vllm_is_given_our_weights(benchmarks, folder, backend):
     if backend == "emulation":
         assert torch.equal(peer._layer.w2_input_scale, contender.activations.l2)
         assert peer._layer.w13_input_scale.unique() == contender.activations.l1
+
+
+@pytest.mark.parametrize(("mode", "activations"), [("w4a16", "bf16"), ("w4a4", "static")])
+def test_our_plugin_is_a_contender_of_its_own(benchmarks, folder, monkeypatch, mode, activations):
+    """vLLM's layer is built with the plug-in registered and the mode asked for, and is judged by what it computes."""
+    import peers.vllm_layers
+
+    calls_of_register = []
+    monkeypatch.setattr(peers.vllm_layers, "register", lambda: calls_of_register.append(1))
+    monkeypatch.delenv("DSV4_VLLM_ACTIVATIONS", raising=False)
+    _, _, peer, (contender,) = contenders_of(f"vllm-dsv4-{mode}", folder)
+    assert contender.name == f"vllm-dsv4-{mode}"
+    assert contender.activations.quantized == (mode == "w4a4")
+    assert peer.facts["kernel"] == "dsv4 portable"
+    script = sys.modules["bench_vllm_experts"]
+    assert script.built == [("auto", activations)]
+    assert script.shared_config.scheduler_config.max_num_batched_tokens == 5
+    assert calls_of_register
+    assert "DSV4_VLLM_ACTIVATIONS" not in os.environ
+
+
+def test_a_layer_that_the_plugin_left_to_vllm(benchmarks, folder, monkeypatch):
+    """Then there is no time of ours: vLLM's own must not stand under our name."""
+    import peers
+    import peers.vllm_layers
+    from peers.base import Setup
+    from peers.scripts import load_script
+
+    monkeypatch.setattr(peers.vllm_layers, "register", lambda: None)
+    load_script(folder, "bench_vllm_experts").PLUGIN = None
+    setup = Setup(SHAPE, random_weights(SHAPE, CPU), (5,), CPU, folder)
+    found, skipped = peers.load(["vllm-dsv4-w4a16"], setup)
+    assert not found
+    assert skipped == {"vllm-dsv4-w4a16": "the plug-in left this layer to vLLM"}

@@ -142,6 +142,33 @@ def test_peers_are_compared_with_the_mode_that_computes_the_same(paths, tables):
     assert rows[1][2:] == ["200 (25%)", "-", "150 (dsv4 0.75x its speed)", "400 (dsv4 2.00x its speed)", "-"]
 
 
+def test_layers_in_vllm(tmp_path, tables):
+    """Ours stand beside the faster of vLLM's own kernels; what has no time has a dash, and no ratio."""
+    names = ("vllm-marlin", "vllm-humming", "vllm-dsv4-w4a16", "vllm-dsv4-w4a4")
+    document = {
+        "commit": "0123456",
+        "gpu": "Abacus 9",
+        "shape": "v4-flash",
+        "routing": "uniform",
+        "versions": {"torch": "2.99", "triton": "3.99", "vllm": "0.99"},
+        "peers": {name: {"kernel": "dsv4 portable"} for name in names},
+        "results": [
+            {"tokens": 1, "floor_us": 20.0, "us": dict(zip(names, (60.0, 50.0, 40.0, 100.0), strict=True))},
+            {"tokens": 8, "floor_us": 90.0, "us": {"vllm-dsv4-w4a16": 200.0, "vllm-marlin": 300.0}},
+            {"tokens": 9, "floor_us": 90.0, "us": {"vllm-dsv4-w4a16": 200.0}},
+        ],
+    }
+    (tmp_path / "h200_vllm_layers.json").write_text(json.dumps(document))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:h200_vllm_layers -->\n<!-- /bench -->\n")
+    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
+    text = readme.read_text()
+    assert "| 1 | 20 | 60 | 50 | 40 (1.25x) | 100 (0.50x) |" in text
+    assert "| 8 | 90 | 300 | - | 200 (1.50x) | - |" in text
+    assert "| 9 | 90 | - | - | 200 | - |" in text
+    assert "Abacus 9, vLLM 0.99, torch 2.99, Triton 3.99, dsv4 portable, commit 0123456" in text
+
+
 def test_conversions(tmp_path, tables):
     """A row for each converter of each source: its rate, its memory, and what part of the source it had."""
     runs = [

@@ -89,6 +89,47 @@ def test_every_stage_compiles_for_hopper(variant, tokens, tmp_path):
         assert compiled.metadata.shared <= SHARED_MEMORY[90] * 1024, launch.kernel.__name__
 
 
+def compiled_as(launch: Launch) -> tuple[object, ...]:
+    """What Triton compiles a kernel for: constants, dtypes, and what it looks at in integers."""
+    seen = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            seen.append(value)
+        elif isinstance(value, torch.Tensor):
+            seen.append(value.dtype)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            seen.append((value == 1, value % 16 == 0))
+    return (launch.kernel.__name__, *map(repr, seen), *launch.options.items())
+
+
+@pytest.mark.parametrize("variant", ["w4a16", "static", "token"])
+@pytest.mark.parametrize(("experts", "top_k"), [(96, 5), (256, 6), (4, 2)])
+def test_warming_up_covers_every_number_of_tokens(variant, experts, top_k):
+    """The budgets that a layer warms up by default launch every variant of every kernel that any call launches: for
+    numbers of experts that are no power of two as well, and across all ways of cutting up the slots."""
+    most = 1200
+    config = MoEConfig(experts, 64, 32, max_num_tokens=most, top_k=top_k, **VARIANTS[variant])
+    backend = PortableBackend(config, torch.device("cpu"))
+    scratch = torch.zeros(PortableBackend.workspace_bytes(config, torch.device("cpu")), dtype=torch.uint8)
+    packed = Packed.empty(experts, backend._l2.end, torch.device("cpu"))
+    ones = torch.ones(experts)
+    scales = InputScales.updated(None, ones, ones) if variant == "static" else None
+    whole = [
+        torch.zeros(most, n, dtype=d) for n, d in ((64, torch.bfloat16), (top_k, torch.float32), (top_k, torch.int32))
+    ]
+
+    def variants(tokens: int) -> set[tuple[object, ...]]:
+        x, weights, ids = (t[:tokens] for t in whole)
+        with recorded() as found:
+            backend.run(packed, Call(x, weights, ids, input_scales=scales), scratch, x)
+        return {compiled_as(launch) for launch in found}
+
+    warm = set().union(*(variants(tokens) for tokens in {*backend.budgets(), most}))
+    missing = {tokens: new for tokens in range(1, most + 1) if (new := variants(tokens) - warm)}
+    assert not missing
+
+
 def misaligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Contiguous, but not at a multiple of 16 bytes."""
     numel = math.prod(shape)

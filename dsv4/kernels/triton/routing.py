@@ -268,6 +268,10 @@ class RoutingConfig:
             return cls(_SMALL_CHUNK, max(64, triton.next_power_of_2(slots)), False)
         return cls(_CHUNK if slots <= _MANY_SLOTS else _LARGE_CHUNK, max(1, _HISTOGRAM_TILE // bins), True)
 
+    def own(self, slots: int, bins: int) -> int:
+        """Experts whose padding a program writes."""
+        return triton.next_power_of_2(triton.cdiv(bins, triton.cdiv(slots, self.chunk)))
+
 
 def histogram_size(slots: int, num_experts: int) -> int:
     """int32 elements of scratch that any call of up to ``slots`` slots needs."""
@@ -327,7 +331,7 @@ def route(
     _place[(chunks,)](
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *grouped, *sizes, rows, rows // row_tile, chunks,
-        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
+        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=config.own(slots, bins),
         P=row_tile, GROUP=groups.rows // row_tile if groups else 0, PAD_LANES=min(row_tile, 16),
         # A program that writes for all experts has many of them and few slots: an expert's tiles are one or two.
         TILE_LANES=16 if config.count_first else 2, num_warps=config.num_warps,
