@@ -1,20 +1,22 @@
 """Grouped GEMM over NVFP4 weights for Hopper: weights decoded in registers, wgmma, every load a plain bulk copy.
 
 **Operands are swapped.** 64 rows of weights are wgmma's A operand, held in registers, where decoding leaves them; the
-tokens of one expert are its N, 8 to 256 of them.
+tokens of one expert are its N, 8 to 240 of them.
 
 **Weights** of one 64-row tile are one contiguous run: for each 128 of K a *block* of 4608 bytes, ``[2][128][16]``
 codes and ``[128 threads][4]`` scales, exactly what each thread of a warpgroup multiplies, in its order. A thread's
 16 values of a row in 64 of K are one scale group, which takes a permutation of K (:mod:`dsv4.kernels.hopper.layout`).
 
-**Tokens** come as an *image*, row tile by row tile: ``[tile][K/64][rows][64]`` bf16, K permuted as in the weights, the
-16-byte chunks of a 128-byte row swizzled the way wgmma wants to read them. A stage of the pipeline is therefore a few
-1-D bulk copies: no tensor map, no gather, no address arithmetic but a sum. GEMM 1 writes its result as such an image.
+**Tokens** come as an *image* for each row group, the rows of one expert that are multiplied together: ``[K/64][rows]
+[64]`` bf16, K permuted as in the weights, the 16-byte chunks of a 128-byte row swizzled the way wgmma wants to read
+them. A stage of the pipeline is therefore a few 1-D bulk copies: no tensor map, no gather, no address arithmetic but a
+sum. GEMM 1 writes its result as such images. A main loop is compiled for each of several numbers of tokens; up to 8 are
+multiplied by ``mma``, which wants the same fragments of weights as ``wgmma``.
 
-**Warps.** One producer warp keeps the pipeline full; each consumer warpgroup owns 64 rows of the tile and decodes 64 of
-K while the tensor cores multiply the 64 before, from two sets of operand registers.
+**Warps.** One producer thread keeps the pipeline full; each consumer warpgroup owns 64 rows of the tile and decodes 64
+of K while the tensor cores multiply the 64 before, from two sets of operand registers.
 
-**Schedule.** Persistent programs walk (row tile, output tile) pairs, counted on the device.
+**Schedule.** Persistent programs walk (row group, output tile) pairs, counted on the device.
 """
 
 from __future__ import annotations
