@@ -181,6 +181,10 @@ class HopperBackend(PortableBackend):
         image_amax(views["act"], tables.tiles, groups, tiling.unit, self.config.intermediate_size, amax, of_batch=False)
         return tables, amax
 
+    def _edges(self) -> tuple[float, ...]:
+        cfg = self.config
+        return (*(t.rows_per_expert * cfg.num_experts for t in TILINGS), FEW_TOKENS * cfg.top_k)
+
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
         mean = tokens * self.config.top_k / self.config.num_experts

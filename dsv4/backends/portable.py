@@ -6,7 +6,6 @@ by GEMM 1's loads, and everything after that is indexed by slot: no buffer is pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -135,7 +134,11 @@ class PortableBackend:
 
     def budgets(self) -> Sequence[int]:
         cfg = self.config
-        return token_classes(cfg.num_experts, cfg.top_k, cfg.max_num_tokens)
+        return token_classes(cfg.num_experts, cfg.top_k, cfg.max_num_tokens, self._edges())
+
+    def _edges(self) -> tuple[float, ...]:
+        """Numbers of slots beyond which a call takes another path."""
+        return tuple(t.rows_per_expert * self.config.num_experts for t in self._tilings)
 
     def warmup(self, packed: Packed, scratch: Tensor, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -317,11 +320,11 @@ class PortableBackend:
 
 
 @cache
-def token_classes(num_experts: int, top_k: int, max_num_tokens: int) -> tuple[int, ...]:
+def token_classes(num_experts: int, top_k: int, max_num_tokens: int, edges: tuple[float, ...]) -> tuple[int, ...]:
     """Numbers of tokens whose calls, together, launch every variant of the kernels that any call launches.
 
-    A call's variants follow from how its slots are cut up for routing, from its line in the table of tilings (the
-    tables change at mean numbers of rows for each expert that are powers of two), and from the dtype of its slot rows.
+    A call's variants follow from how its slots are cut up for routing, from the dtype of its slot rows, and from which
+    ``edges``, numbers of slots, it is beyond: those of the table of tilings.
     """
     from dsv4.kernels.triton.routing import RoutingConfig, num_bins
 
@@ -330,9 +333,9 @@ def token_classes(num_experts: int, top_k: int, max_num_tokens: int) -> tuple[in
     for tokens in range(1, max_num_tokens + 1):
         slots = tokens * top_k
         routing = RoutingConfig.of(slots, bins)
-        mean = math.ceil(math.log2(slots / num_experts))
         wide = slots <= FP32_SLOTS and 2 * tokens <= max_num_tokens
-        first.setdefault((routing, routing.own(slots, bins), mean, wide), tokens)
+        beyond = sum(slots > edge for edge in edges)
+        first.setdefault((routing, routing.own(slots, bins), beyond, wide), tokens)
     return tuple(first.values())
 
 

@@ -87,3 +87,17 @@ def sass(cubin: bytes, folder: Any) -> list[str]:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
     text = subprocess.run([tool, str(path)], capture_output=True, text=True, check=True).stdout
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text, re.M)
+
+
+def compiled_as(launch: Launch) -> tuple[object, ...]:
+    """What Triton compiles a kernel for: constants, dtypes, and what it looks at in integers."""
+    seen = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            seen.append(value)
+        elif isinstance(value, torch.Tensor):
+            seen.append(value.dtype)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            seen.append((value == 1, value % 16 == 0))
+    return (launch.kernel.__name__, *map(repr, seen), *launch.options.items())

@@ -19,7 +19,7 @@ from dsv4.kernels.hopper.packing import pack
 from dsv4.kernels.triton.stages import ScaleSource
 from kernels.fake_driver import FakeDriver, installed
 from kernels.fake_driver import Launch as GemmLaunch
-from kernels.offline import Launch, recorded, sass
+from kernels.offline import Launch, compiled_as, recorded, sass
 
 K = 2
 MODES: dict[str, dict[str, Any]] = {
@@ -153,3 +153,29 @@ def test_the_pack_kernel_compiles_for_hopper(gated, tmp_path):
         )  # fmt: skip
     (launched,) = found
     assert not {"LDL", "STL"} & set(sass(launched.compile(90).asm["cubin"], tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "static", "token"])
+@pytest.mark.parametrize(("experts", "top_k"), [(96, 5), (4, 2)])
+def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k):
+    """The budgets that a layer warms up by default launch every variant of every kernel that any call launches."""
+    most, cpu = 700, torch.device("cpu")
+    config = MoEConfig(experts, 128, 128, max_num_tokens=most, top_k=top_k, **MODES[mode])
+    backend = HopperBackend(config, cpu)
+    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
+    packed = Packed.empty(experts, backend._expert_bytes, cpu)
+    scales = InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if mode == "static" else None
+    whole = [
+        torch.zeros(most, n, dtype=d) for n, d in ((128, torch.bfloat16), (top_k, torch.float32), (top_k, torch.int32))
+    ]
+
+    def variants(tokens: int) -> set[tuple[object, ...]]:
+        x, weights, ids = (t[:tokens] for t in whole)
+        driver = FakeDriver(launch.GEMM_SIGNATURE)
+        with recorded() as stages, installed(driver):
+            backend.run(packed, Call(x, weights, ids, input_scales=scales), scratch, x)
+        return {compiled_as(found) for found in stages} | {(found.cubin,) for found in driver.launches}
+
+    warm = set().union(*(variants(tokens) for tokens in {*backend.budgets(), most}))
+    missing = {tokens: new for tokens in range(1, most + 1) if (new := variants(tokens) - warm)}
+    assert not missing

@@ -14,7 +14,7 @@ from dsv4.backends import hopper, proof
 from dsv4.backends.base import Call, InputScales, Packed
 from dsv4.backends.portable import HOPPER_TILINGS, TILINGS, PortableBackend
 from dsv4.config import MoEConfig
-from kernels.offline import Launch, recorded, sass
+from kernels.offline import Launch, compiled_as, recorded, sass
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 E, H, INTER, K = 64, 256, 128, 2
@@ -87,20 +87,6 @@ def test_every_stage_compiles_for_hopper(variant, tokens, tmp_path):
         compiled = launch.compile(90)
         assert not {"LDL", "STL"} & set(sass(compiled.asm["cubin"], tmp_path)), launch.kernel.__name__
         assert compiled.metadata.shared <= SHARED_MEMORY[90] * 1024, launch.kernel.__name__
-
-
-def compiled_as(launch: Launch) -> tuple[object, ...]:
-    """What Triton compiles a kernel for: constants, dtypes, and what it looks at in integers."""
-    seen = []
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            seen.append(value)
-        elif isinstance(value, torch.Tensor):
-            seen.append(value.dtype)
-        elif isinstance(value, int) and not parameter.do_not_specialize:
-            seen.append((value == 1, value % 16 == 0))
-    return (launch.kernel.__name__, *map(repr, seen), *launch.options.items())
 
 
 @pytest.mark.parametrize("variant", ["w4a16", "static", "token"])
