@@ -8,6 +8,7 @@ import os
 import torch
 
 from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
+from dsv4.backends.blackwell import BlackwellBackend
 from dsv4.backends.hopper import HopperBackend
 from dsv4.backends.portable import PortableBackend
 from dsv4.backends.proof import prove
@@ -19,9 +20,10 @@ __all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "c
 
 _log = logging.getLogger("dsv4")
 
-BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend, HopperBackend)
+BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend, HopperBackend, BlackwellBackend)
 """In the order in which ``auto`` tries them: fastest first. The reference can always be used, so ``auto`` never takes
-what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU."""
+what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU, the
+Blackwell kernels until they have run on one at all."""
 
 
 def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:

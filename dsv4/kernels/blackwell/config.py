@@ -172,6 +172,22 @@ def deepest(m: int, n: int, k: int, **flags: bool) -> BlackwellConfig:
     return BlackwellConfig(m, n, k, min(8, most_stages(stage)), **flags)
 
 
+def chosen(rows_per_expert: float, columns: int, k: int, **flags: bool) -> BlackwellConfig:
+    """The configuration for so many rows to an expert on average. By counts alone: nothing here was timed.
+
+    Pairs of CTAs where their 256 rows are there to be multiplied; wide tiles where rows are many, since they read A
+    least often; narrow ones where rows are few, so that there are tiles for every multiprocessor.
+    """
+    m = 256 if rows_per_expert >= 256 else 128
+    n = 256 if rows_per_expert > 64 else 128 if rows_per_expert > 4 else 64
+    while n > 64 and columns <= n // 2:
+        n //= 2
+    line = 256
+    while line > MMA_K and k <= line // 2:
+        line //= 2
+    return deepest(m, n, line, **flags)
+
+
 def padded_scale_columns(k: int) -> int:
     """Block scales of a row of K values, padded to whole tiles."""
     return round_up(ceil_div(k, 16), 4)
