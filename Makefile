@@ -5,16 +5,20 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-convert fuzz lint bench train clean
+.PHONY: demo test test-all test-kernels test-convert fuzz lint bench train clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not kernels" -n auto --maxprocesses 4
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
+
+# Every configuration of every kernel compiled, its machine code looked at; no GPU is used.
+test-kernels: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/kernels -n auto --maxprocesses 4
 
 # Conversions killed a hundred times, at random points.
 test-convert: $(STAMP)

@@ -27,7 +27,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def _targets() -> Iterator[object]:
-    config = MoEConfig(8, 64, 32, top_k=2)
+    config = MoEConfig(8, 256, 256, top_k=2)  # multiples of every backend's tiles
     for backend in BACKENDS:
         for device in DEVICES:
             if not backend.explain(config, torch.device(device)).usable:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import torch
 from oracle import OracleWeights, random_weights
 from torch import Tensor
 
-from dsv4 import Nvfp4MoE
+from dsv4 import BackendError, Nvfp4MoE
+from dsv4.backends import BACKENDS
+from dsv4.config import MoEConfig
 
 BAR = 3e-3
 """Relative L2 against the float64 oracle with the same rounding points: the accuracy bar of the numbers' contract."""
@@ -20,6 +24,30 @@ MODES: dict[str, dict[str, Any]] = {
     "w4a4-token": {"activation_format": "nvfp4", "activation_scale": "token"},
     "w4a4-tensor": {"activation_format": "nvfp4", "activation_scale": "tensor"},
 }
+
+
+def fitted(target: tuple[str, torch.device], hidden: int, intermediate: int) -> tuple[int, int]:
+    """The two sizes, each raised to a multiple of what the target's backend is made for, where it takes no others."""
+    name, device = target
+    backend = next(b for b in BACKENDS if b.name == name)
+    for multiple in (1, 128, 256):
+        sizes = [-(-size // multiple) * multiple for size in (hidden, intermediate)]
+        verdict = backend.explain(MoEConfig(8, *sizes, top_k=2), device)
+        if verdict.usable:
+            return sizes[0], sizes[1]
+    raise BackendError(f"{name} on {device}: {verdict.reason}")
+
+
+def largest_call(table: Sequence[Any], line: Any, top_k: int) -> tuple[int, int]:
+    """Tokens and experts, few of both, of the largest call that a line of a backend's table of tilings serves.
+
+    For the last line, which has no end: half as many rows again as the line before serves.
+    """
+    mean = line.rows_per_expert if line is not table[-1] else 1.5 * table[-2].rows_per_expert
+    experts = max(8, ceil(top_k / mean))
+    tokens = int(mean * experts / top_k)
+    assert next(t for t in table if tokens * top_k / experts <= t.rows_per_expert) is line
+    return tokens, experts
 
 
 def weights_on(weights: OracleWeights, device: torch.device) -> list[Tensor]:
@@ -75,4 +103,15 @@ def poisoned(tokens: int, hidden: int, device: torch.device, dtype: torch.dtype 
     return torch.full((tokens, hidden), torch.nan, dtype=dtype, device=device)
 
 
-__all__ = ["BAR", "MODES", "build", "inputs", "on", "poisoned", "random_weights", "weights_on"]
+__all__ = [
+    "BAR",
+    "MODES",
+    "build",
+    "fitted",
+    "inputs",
+    "largest_call",
+    "on",
+    "poisoned",
+    "random_weights",
+    "weights_on",
+]

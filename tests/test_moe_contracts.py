@@ -17,7 +17,7 @@ from dsv4.backends import BACKENDS, choose
 from dsv4.backends.base import Verdict
 from dsv4.config import MoEConfig
 
-E, H, INTER, K = 4, 64, 32, 2
+E, H, INTER, K = 4, 256, 128, 2
 SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 
 
@@ -80,6 +80,21 @@ def test_views_are_accepted(target):
     out = poisoned(10, H, target[1]).flatten()[1 : 1 + 9 * H].view(9, H)
     moe.run(*(torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape) for t in (x, w, ids)), out=out)
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_scratch_held_is_of_no_account(target, mode):
+    """Scratch full of zeros, huge numbers (and indices) or NaN gives the same bits, padding rows among the others."""
+    moe = layer(target, **MODES[mode])
+    x, w, ids = batch(target, 37)
+    valid = torch.tensor([29], dtype=torch.int32, device=target[1])
+    ids[3] = -1
+    want = moe.run(x, w, ids, num_valid_tokens=valid)
+    for byte in (0x00, 0x7F, 0xFF):
+        moe._scratch.fill_(byte)
+        out = poisoned(37, H, target[1])
+        moe.run(x, w, ids, out=out, num_valid_tokens=valid)
+        assert torch.equal(out, want)
 
 
 def test_layers_share_one_workspace_by_default(target):
@@ -195,6 +210,20 @@ def test_an_experts_bytes_are_its_own(target):
     assert changed.tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_one_expert_is_replaced_in_place(target, mode):
+    """Another layer's row of packed bytes and its global scales make that expert this layer's, and nothing else."""
+    first, second = random_weights(E, H, INTER, seed=1), random_weights(E, H, INTER, seed=2)
+    moe, other = (build(target, w, top_k=K, **SCALES, **MODES[mode]) for w in (first, second))
+    args = batch(target, 30)
+    moe.run(*args)
+    for name in ("experts", "l1_gs", "l2_gs"):
+        getattr(moe._packed, name)[2].copy_(getattr(other._packed, name)[2])
+    for name in vars(first):
+        getattr(first, name)[2] = getattr(second, name)[2]
+    assert torch.equal(moe.run(*args), build(target, first, top_k=K, **SCALES, **MODES[mode]).run(*args))
+
+
 def test_preparing_again_packs_in_place(target):
     """New weights go to the same memory, so that a captured graph would use them, and the result follows them."""
     moe = layer(target, seed=1)
@@ -308,17 +337,28 @@ def test_a_calibration_serves_static_weights_without_scales(target):
 
 
 def test_setters_take_full_effect_before_warmup(target):
-    """A limit set later equals a limit given at construction; fusing changes no number."""
+    """A limit set later equals a limit given at construction."""
     args = batch(target)
     moe = layer(target)
     moe.run(*args)
     moe.set_swiglu_limit(0.5)
-    want = layer(target, swiglu_limit=0.5).run(*args)
-    assert torch.equal(moe.run(*args), want)
-    moe.set_fused_swiglu(False)
-    torch.testing.assert_close(moe.run(*args), want, rtol=2**-7, atol=0)
+    assert torch.equal(moe.run(*args), layer(target, swiglu_limit=0.5).run(*args))
     moe.set_swiglu_limit(None)
     assert torch.equal(moe.run(*args), layer(target).run(*args))
+
+
+def test_fusing_changes_no_number(target):
+    """Apart or fused, SwiGLU gives the same result; a backend that can only fuse says so."""
+    args = batch(target)
+    moe = layer(target, swiglu_limit=0.5)
+    want = moe.run(*args)
+    apart = MoEConfig(E, H, INTER, top_k=K, fused_swiglu=False)
+    if type(moe._backend).explain(apart, target[1]).usable:
+        moe.set_fused_swiglu(False)
+    else:
+        with pytest.raises(BackendError, match=f"set_fused_swiglu: the {target[0]} backend"):
+            moe.set_fused_swiglu(False)
+    torch.testing.assert_close(moe.run(*args), want, rtol=2**-7, atol=0)
 
 
 def test_a_setter_that_the_backend_cannot_follow_raises(target, monkeypatch):

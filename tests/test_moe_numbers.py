@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layer_cases import BAR, MODES, build, inputs, on, poisoned
+from layer_cases import BAR, MODES, build, fitted, inputs, on, poisoned
 from oracle import dequantize, nearest_reference, random_weights, relative_l2
 
 SHAPES = {
@@ -62,6 +62,7 @@ def compare(target, weights, settings: dict[str, Any], case, *, scales=(L1_SCALE
 def test_matches_the_oracle(target, mode, shape):
     """Odd shapes, none, one and many tokens: within the bar in every mode, every element written."""
     e, h, i, k, t = SHAPES[shape]
+    h, i = fitted(target, h, i)
     compare(target, random_weights(e, h, i, seed=1), MODES[mode] | {"swiglu_limit": 2.0}, inputs(t, h, k, e))
 
 
@@ -70,31 +71,36 @@ def test_matches_the_oracle(target, mode, shape):
 def test_calls_of_every_size(target, mode, tokens):
     """From one slot for every 32 experts to 65 for each: every tiling that a backend has, and rows of 16 bits.
 
-    Neither dimension is a multiple of any tile. More than 4096 slots let a backend keep its slot rows in bf16.
+    Neither dimension is a multiple of any tile, for backends that take such sizes. More than 4096 slots let a backend
+    keep its slot rows in bf16.
     """
-    weights = random_weights(64, 144, 80, seed=4)
+    h, i = fitted(target, 144, 80)
+    weights = random_weights(64, h, i, seed=4)
     settings = MODES[mode] | {"swiglu_limit": 2.0, "max_num_tokens": tokens}
-    compare(target, weights, settings, inputs(tokens, 144, 2, 64, seed=tokens))
+    compare(target, weights, settings, inputs(tokens, h, 2, 64, seed=tokens))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gate_and_up_scales_are_kept_apart(target, mode):
     """``l1_gs [E, 2]``: different global scales of gate and up are both honoured."""
-    weights = random_weights(4, 64, 32, seed=2, split_gate_up=True)
+    h, i = fitted(target, 64, 32)
+    weights = random_weights(4, h, i, seed=2, split_gate_up=True)
     assert (weights.l1_gs[:, 0] != weights.l1_gs[:, 1]).all()
-    compare(target, weights, MODES[mode], inputs(17, 64, 2, 4))
+    compare(target, weights, MODES[mode], inputs(17, h, 2, 4))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limit", [None, 0.05, 10.0])
 def test_clamp(target, mode, limit):
     """The limit clamps gate from above and up on both sides, before SiLU."""
-    compare(target, random_weights(4, 64, 32, seed=3), MODES[mode] | {"swiglu_limit": limit}, inputs(17, 64, 2, 4))
+    h, i = fitted(target, 64, 32)
+    compare(target, random_weights(4, h, i, seed=3), MODES[mode] | {"swiglu_limit": limit}, inputs(17, h, 2, 4))
 
 
 def test_the_clamp_changes_something(target):
     """The limits above are not all idle: a small limit gives another result than none."""
-    weights, case = random_weights(4, 64, 32, seed=3), inputs(17, 64, 2, 4)
+    h, i = fitted(target, 64, 32)
+    weights, case = random_weights(4, h, i, seed=3), inputs(17, h, 2, 4)
     settings = MODES["w4a16"]
     free = compare(target, weights, settings | {"swiglu_limit": None}, case)
     clamped = compare(target, weights, settings | {"swiglu_limit": 0.05}, case)
@@ -105,36 +111,39 @@ def test_the_clamp_changes_something(target):
 @pytest.mark.parametrize(("place", "top_k"), [("output", 3), ("before_down", 3), ("input", 1)])
 def test_routing_weight_places(target, mode, place, top_k):
     """The weight acts at the combine, before GEMM 2, or on the hidden state (rounded once to bf16)."""
+    h, i = fitted(target, 64, 32)
     settings = MODES[mode] | {"route_weight": place, "swiglu_limit": 1.0}
-    compare(target, random_weights(4, 64, 32, seed=4), settings, inputs(17, 64, top_k, 4))
+    compare(target, random_weights(4, h, i, seed=4), settings, inputs(17, h, top_k, 4))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_expert_parallel_rank(target, mode, dtype):
     """A rank's experts are a range of the global ids; all other ids, negative ones too, contribute nothing."""
-    x, w, ids = inputs(33, 64, 3, 16, dtype=dtype)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(33, h, 3, 16, dtype=dtype)
     ids[5] = -1
     ids[6, 0] = 99
-    compare(target, random_weights(4, 64, 32, seed=5), MODES[mode] | {"experts_start_idx": 6}, (x, w, ids))
+    compare(target, random_weights(4, h, i, seed=5), MODES[mode] | {"experts_start_idx": 6}, (x, w, ids))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rank_without_tokens_gives_zeros(target, mode):
     """No slot is local: the output is exactly zero, even under infinite weights and with NaN activations."""
-    x, w, ids = inputs(9, 64, 2, 4)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(9, h, 2, 4)
     w[0], x[1] = torch.inf, torch.nan
     _, device = target
     moe = build(
         target,
-        random_weights(4, 64, 32, seed=5),
+        random_weights(4, h, i, seed=5),
         top_k=2,
         l1_input_scale=L1_SCALE,
         l2_input_scale=L2_SCALE,
         experts_start_idx=100,
         **MODES[mode],
     )
-    out = poisoned(9, 64, device)
+    out = poisoned(9, h, device)
     moe.run(*on(device, x, w, ids), out=out)
     assert (out == 0).all()
 
@@ -142,9 +151,10 @@ def test_a_rank_without_tokens_gives_zeros(target, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_expert_map(target, mode):
     """A map places global experts anywhere, in any order."""
-    x, w, ids = inputs(33, 64, 3, 8)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(33, h, 3, 8)
     expert_map = torch.tensor([-1, 3, -1, 0, 2, -1, 1, -1], dtype=torch.int32)
-    weights = random_weights(4, 64, 32, seed=6)
+    weights = random_weights(4, h, i, seed=6)
     compare(target, weights, MODES[mode] | {"expert_map": expert_map}, (x, w, ids))
 
 
@@ -152,27 +162,29 @@ def test_expert_map(target, mode):
 @pytest.mark.parametrize("kind", ["all-on-one", "repeated-in-a-row", "half-dropped"])
 def test_skew(target, mode, kind):
     """Skewed routing takes the same path and gives the same accuracy."""
-    x, w, ids = inputs(65, 64, 3, 8)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(65, h, 3, 8)
     if kind == "all-on-one":
         ids[:] = 5
     elif kind == "repeated-in-a-row":
         ids[:, 1] = ids[:, 0]
     else:
         ids[::2] = -1
-    compare(target, random_weights(8, 64, 32, seed=7), MODES[mode], (x, w, ids))
+    compare(target, random_weights(8, h, i, seed=7), MODES[mode], (x, w, ids))
 
 
 @pytest.mark.parametrize("policy", ["max", "per_expert"])
 def test_static_scales_by_expert(target, policy):
     """GEMM 2 honours one input scale per expert; GEMM 1 merges them by max, or keeps them by choice."""
+    h, i = fitted(target, 64, 32)
     # Ratios that are no powers of two: under those, merging would change nothing but what saturates.
     l1 = torch.tensor([0.0010, 0.0043, 0.0021, 0.0077])
     l2 = torch.tensor([0.0190, 0.0053, 0.0110, 0.0370])
     compare(
         target,
-        random_weights(4, 64, 32, seed=8),
+        random_weights(4, h, i, seed=8),
         MODES["w4a4-static"] | {"l1_scale_policy": policy},
-        inputs(33, 64, 2, 4),
+        inputs(33, h, 2, 4),
         scales=(l1, l2),
     )
 
@@ -180,14 +192,15 @@ def test_static_scales_by_expert(target, policy):
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_rows(target, mode):
     """Rows from num_valid_tokens on are exactly zero and change nothing, whatever stands in them."""
-    x, w, ids = inputs(21, 64, 2, 4)
-    weights, valid = random_weights(4, 64, 32, seed=9), 13
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(21, h, 2, 4)
+    weights, valid = random_weights(4, h, i, seed=9), 13
     _, device = target
     scales = {"l1_input_scale": L1_SCALE, "l2_input_scale": L2_SCALE}
     moe = build(target, weights, top_k=2, **scales, **MODES[mode])
     x[valid:] = torch.nan
     w[valid:] = torch.inf
-    out = poisoned(21, 64, device)
+    out = poisoned(21, h, device)
     count = torch.tensor([valid], dtype=torch.int32, device=device)
     moe.run(*on(device, x, w, ids), out=out, num_valid_tokens=count)
     assert (out[valid:] == 0).all()
@@ -203,11 +216,12 @@ def test_a_bad_row_stays_alone(target, mode, bad):
 
     W4A4 makes the whole row NaN; W4A16 follows IEEE arithmetic, so the row is not all finite.
     """
-    x, w, ids = inputs(19, 64, 2, 4)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(19, h, 2, 4)
     _, device = target
     moe = build(
         target,
-        random_weights(4, 64, 32, seed=10),
+        random_weights(4, h, i, seed=10),
         top_k=2,
         l1_input_scale=L1_SCALE,
         l2_input_scale=L2_SCALE,
@@ -232,8 +246,9 @@ def test_ranks_sum_to_the_whole(target, mode):
 
     (With tensor scales each rank sees the amax of its own slots, so there the sum is only near.)
     """
-    x, w, ids = inputs(40, 64, 3, 8)
-    weights = random_weights(8, 64, 32, seed=11)
+    h, i = fitted(target, 64, 32)
+    x, w, ids = inputs(40, h, 3, 8)
+    weights = random_weights(8, h, i, seed=11)
     _, device = target
     scales = {"l1_input_scale": L1_SCALE, "l2_input_scale": L2_SCALE}
     args = on(device, x, w, ids)
@@ -253,7 +268,8 @@ def test_w4a16_against_transformers(target):
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     from transformers import DeepseekV4Config
 
-    e, h, i, k = 8, 96, 48, 3
+    e, k = 8, 3
+    h, i = fitted(target, 96, 48)
     weights = random_weights(e, h, i, seed=12, split_gate_up=True)
     config = DeepseekV4Config(
         hidden_size=h,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -91,3 +94,33 @@ def test_a_thread_multiplies_what_wgmma_pairs() -> None:
                 result[64 * m : 64 * m + 64] += a @ chunks.reshape(tokens, 64).T
     decoded = E2M1[codes.long()] * scales.view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
     assert torch.equal(result, decoded @ x.T)
+
+
+@pytest.fixture
+def cute(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """CuTe functions of this module's helper, for Hopper; they run on this machine's memory."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    pytest.importorskip("cutlass")
+    return importlib.import_module("kernels.cute_layouts")
+
+
+@pytest.mark.parametrize(("tile", "blocks"), [(8, 1), (24, 2), (128, 4)])
+def test_images_are_swizzled_as_cute_reads_them(cute: ModuleType, tile: int, blocks: int) -> None:
+    """Rows written through the K_SW128 layout, with which the kernel describes its tokens to wgmma, give the image."""
+    rows = torch.randn(tile, 64 * blocks).bfloat16()
+    permuted = rows.view(tile, blocks, 64)[..., k_order()].reshape(tile, -1).contiguous()
+    memory = torch.full((rows.numel() + 512,), torch.nan, dtype=torch.bfloat16)
+    image = memory[-memory.data_ptr() % 1024 // 2 :][: rows.numel()]  # the swizzle is one of addresses
+    cute.write_image(permuted, image, tile, blocks)
+    assert torch.equal(image, to_image(rows, tile).flatten())
+
+
+def test_fragments_are_cutes(cute: ModuleType) -> None:
+    """Each thread's eight values of the 64 x 16 operand stand where CuTe's own layout of wgmma's A operand has them."""
+    got = cute.operand_places().view(128, 8)
+    for thread in range(128):
+        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+        for register in range(4):
+            for lane in range(2):
+                row, column = 16 * warp + g + 8 * (register % 2), 2 * t + lane + 8 * (register // 2)
+                assert got[thread, 2 * register + lane] == row + 64 * column

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsv4.backends import proof
+from dsv4.backends import hopper, proof
 from dsv4.backends.base import Call, InputScales, Packed
 from dsv4.backends.portable import HOPPER_TILINGS, TILINGS, PortableBackend
 from dsv4.config import MoEConfig
@@ -186,7 +186,7 @@ def test_hopper_multiplies_what_it_decodes_in_place(line, tmp_path):
         assert compiled.metadata.shared <= SHARED_MEMORY[90] * 1024
 
 
-@pytest.mark.parametrize("table", [TILINGS, HOPPER_TILINGS], ids=["any", "hopper"])
+@pytest.mark.parametrize("table", [TILINGS, HOPPER_TILINGS, hopper.TILINGS], ids=["any", "hopper", "hopper backend"])
 def test_the_proof_reaches_every_line(table):
     """The calls of the self-check take each line of the tables once at least: no tiling is used unproven."""
     means = [tokens * proof._TOP_K / proof._EXPERTS for tokens in proof._TOKENS]

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.triton.packing import chunk_codes, chunk_scales, word_codes
+from dsv4.kernels.triton.packing import chunk_codes, chunk_scales
+from dsv4.kernels.triton.weight_layout import code_words, word_codes
 
 MASK = np.uint32(0x81C081C0)
 
@@ -46,6 +47,12 @@ def test_every_bit_of_a_word_belongs_to_one_code():
     assert sorted(codes.sum(dim=1).tolist()) == sorted([1, 2, 4, 8] * 8)
     places = {(int(row.nonzero()[0]), int(row.max())) for row in codes}
     assert len(places) == 32
+
+
+def test_words_of_codes_are_the_inverse():
+    """Every word comes back from its codes."""
+    words = torch.from_numpy(np.random.default_rng(1).integers(-(2**31), 2**31, 8000, dtype=np.int64)).to(torch.int32)
+    assert torch.equal(code_words(word_codes(words)), words)
 
 
 def test_a_field_reads_as_the_value():

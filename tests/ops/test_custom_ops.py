@@ -13,7 +13,7 @@ from oracle import random_weights
 from dsv4 import Nvfp4MoE, StateError
 from dsv4.ops.custom_ops import nvfp4_moe_gemm, register_runner
 
-E, H, INTER, K = 4, 64, 32, 2
+E, H, INTER, K = 4, 256, 128, 2
 
 
 def layer(target) -> Nvfp4MoE:

@@ -1,11 +1,13 @@
 """Compiled kernels on disk: one file each, keyed by source, configuration and architecture, named with the DSL version.
 
 A warm cache needs neither the DSL nor a compiler. Files are written whole and moved into place, so that processes that
-compile the same kernel at the same time both leave a good one; a file whose digest does not fit is not used.
+compile the same kernel at the same time both leave a good one. A file begins with a digest of its name and contents;
+one that does not fit (damaged, or another kernel's file under this name) is not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -16,7 +18,14 @@ from dsv4.errors import BackendError
 from dsv4.kernels.hopper.config import HopperConfig
 
 ARCH = "sm_90a"
-_SOURCES = ("config.py", "grouped_gemm.py", "layout.py", "../cutedsl/ptx.py", "../cutedsl/epilogue.py")
+_SOURCES = (
+    "config.py",
+    "grouped_gemm.py",
+    "layout.py",
+    "../cutedsl/ptx.py",
+    "../cutedsl/epilogue.py",
+    "../triton/weight_layout.py",
+)
 _DIGEST = 32
 
 
@@ -51,7 +60,7 @@ def lookup(config: HopperConfig) -> tuple[bytes, str] | None:
         except OSError:
             continue
         digest, payload = content[:_DIGEST], content[_DIGEST:]
-        if hashlib.sha256(payload).digest() == digest:
+        if _digest(path.name, payload) == digest:
             entry, _, cubin = payload.partition(b"\0")
             return cubin, entry.decode()
     return None
@@ -74,14 +83,27 @@ def load(config: HopperConfig) -> tuple[bytes, str]:
         )
     cubin, entry = _compile(config)
     payload = entry.encode() + b"\0" + cubin
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        Path(file.name).replace(folder() / f"{key(config)}-{installed}.kernel")
-    except OSError:
-        pass  # a read-only cache costs the next process a compilation, nothing else
+    path = folder() / f"{key(config)}-{installed}.kernel"
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next process a compilation
+        _write(path, _digest(path.name, payload) + payload)
     return cubin, entry
+
+
+def _digest(name: str, payload: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + payload).digest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Beside it, then into its place; nothing is left behind where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def _compile(config: HopperConfig) -> tuple[bytes, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv4.errors import BackendError, InputError
 from dsv4.kernels.hopper.cache import load
 from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 
 _MAX_SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
@@ -83,6 +84,18 @@ GEMM_SIGNATURE = (ctypes.c_int64,) * 10 + (ctypes.c_int32, ctypes.c_int32, ctype
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
+def _require(fits: bool, name: str, found: Any, expected: str) -> None:
+    if not fits:
+        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+        raise InputError(f"{name}: found {what}, expected {expected}")
+
+
+def _operand(name: str, tensor: Tensor | None, dtype: torch.dtype, size: int) -> None:
+    """What a kernel addresses as one run of elements, of which it may touch ``size``."""
+    fits = tensor is not None and tensor.dtype == dtype and tensor.is_contiguous() and tensor.numel() >= size
+    _require(fits, name, tensor, f"{dtype}, contiguous, at least {size} elements")
+
+
 @cache
 def gemm_kernel(config: HopperConfig, device_index: int) -> Kernel:
     """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
@@ -128,13 +141,32 @@ def grouped_gemm(
         dependent: start before the launch before it has ended; it must be a kernel that did not write the tile map.
 
     Raises:
-        InputError: the matrix is not whole tiles of this configuration.
+        InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
     """
     if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
         raise InputError(
             f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
             "choose another configuration"
         )
+    image_rows, e = tiles.tile_expert.shape[0] * config.tokens, experts.shape[0]
+    _require(rows % 128 == 0 or not config.gated, "rows", rows, "a multiple of 128 for a gated product")
+    _require(experts.dtype == torch.uint8 and experts.stride(-1) == 1, "experts", experts, "uint8 rows")
+    _require(experts.stride(0) % 16 == offset % 16 == 0, "experts", experts, "matrices that begin at 16 bytes")
+    _require(offset + matrix_bytes(rows, k) <= experts.shape[1], "experts", experts, f"a {rows} x {k} matrix")
+    _operand("image", image, torch.bfloat16, image_rows * k)
+    _operand("gs", gs, torch.float32, 2 * e if config.gated else e)
+    _operand("row_slot", tiles.row_slot, torch.int32, image_rows)
+    _operand("tile_expert", tiles.tile_expert, torch.int32, 0)
+    _operand("num_tiles", tiles.num_tiles, torch.int32, 1)
+    if config.row_scale:
+        _operand("row_scale", row_scale, torch.float32, image_rows)
+    if config.weighted:
+        _operand("topk_weights", topk_weights, torch.float32, 0)
+    if config.gated:
+        _operand("out", out, torch.bfloat16, image_rows * rows // 2)
+    else:
+        _operand("out", out, torch.float32 if config.wide_out else torch.bfloat16, 0)
+        _require(out.dim() == 2 and out.shape[1] == rows, "out", out, f"[S, {rows}]")
     n_tiles = rows // (64 * config.warpgroups)
     grid = min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles)
     gemm_kernel(config, image.device.index or 0)(

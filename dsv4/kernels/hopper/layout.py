@@ -4,12 +4,17 @@ A thread of a warpgroup is ``32 w + 4 g + t`` (warp, row in a group of eight, co
 multiplies rows ``16 w + g`` and ``16 w + g + 8``; of each row, in step k of four, slots ``j`` of four. wgmma puts those
 slots at place ``16 k + 2 t + j % 2 + 8 (j // 2)`` of the tokens' K; this layout puts value ``16 t + 4 k + j`` of the
 weights there, so that a thread's sixteen values of a row are one scale group.
+
+The eight codes of a step, register by register and lane by lane, are a word: its bits stand as in
+:mod:`dsv4.kernels.triton.weight_layout`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from dsv4.kernels.triton.weight_layout import code_words, word_codes
 
 BLOCK_ROWS, BLOCK_K = 64, 128
 CODE_BYTES = BLOCK_ROWS * BLOCK_K // 2
@@ -38,24 +43,6 @@ def row_order(rows: int, gated: bool) -> Tensor:
     return tile // 2 * 64 + k_order()[chunk * 8 + g] + up * (rows // 2)
 
 
-def _field(code: Tensor) -> Tensor:
-    """Sign to bit 15, magnitude to bits 8 to 6."""
-    return ((code & 8) << 12) | ((code & 7) << 6)
-
-
-def _rotate_left(word: Tensor, bits: int) -> Tensor:
-    return ((word << bits) | (word >> (32 - bits))) & 0xFFFFFFFF
-
-
-def _words(code: Tensor) -> Tensor:
-    """int64 ``[..., 4 registers, 2 lanes]`` codes -> int64 ``[...]``, the 32-bit words: see ``decode``."""
-    pair = _field(code[..., 0]) | (_field(code[..., 1]) << 16)
-    last = code[..., 3, :]
-    split = ((last & 3) << 3) | ((last >> 2) & 1) | ((last >> 3) << 1)
-    word = pair[..., 0] | _rotate_left(pair[..., 1], 3) | _rotate_left(pair[..., 2], 6)
-    return word | split[..., 0] | (split[..., 1] << 16)
-
-
 def pack_matrix(codes: Tensor, scales: Tensor, gated: bool) -> Tensor:
     """The twin of the pack kernel, one expert at a time.
 
@@ -69,27 +56,19 @@ def pack_matrix(codes: Tensor, scales: Tensor, gated: bool) -> Tensor:
     """
     n, k = codes.shape
     order = row_order(n, gated).to(codes.device)
-    tile = codes[order].long().view(n // 64, 4, 2, 8, k // 128, 2, 4, 4, 2, 2)  # m, w, h, g, block, half, t, k, jh, jl
-    # -> m, block, half, w, g, t, k, (jh, h), jl
-    word = _words(tile.permute(0, 4, 5, 1, 3, 6, 7, 8, 2, 9).flatten(7, 8))
-    code_bytes = word.to(torch.int32).contiguous().view(torch.uint8).view(n // 64, k // 128, CODE_BYTES)
+    tile = codes[order].view(n // 64, 4, 2, 8, k // 128, 2, 4, 4, 2, 2)  # m, w, h, g, block, half, t, k, jh, jl
+    # -> m, block, half, w, g, t, k, (jh, h, jl): four registers of two lanes
+    word = code_words(tile.permute(0, 4, 5, 1, 3, 6, 7, 8, 2, 9).flatten(7))
+    code_bytes = word.view(torch.uint8).view(n // 64, k // 128, CODE_BYTES)
     sf = scales[order].view(n // 64, 4, 2, 8, k // 128, 2, 4)  # m, w, h, g, block, half, t
     scale_bytes = sf.permute(0, 4, 1, 3, 6, 5, 2).reshape(n // 64, k // 128, -1)
     return torch.cat([code_bytes, scale_bytes], -1).flatten()
 
 
-def _rotate_right(word: Tensor, bits: int) -> Tensor:
-    return _rotate_left(word, 32 - bits)
-
-
 def unpack_matrix(packed: Tensor, n: int, k: int, gated: bool) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`pack_matrix`: ``(codes uint8 [n, k], scales uint8 [n, k/16])``."""
     blocks = packed.view(n // 64, k // 128, BLOCK_BYTES)
-    word = blocks[..., :CODE_BYTES].contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    registers = [word, _rotate_right(word, 3), _rotate_right(word, 6), (word & 0x1B001B) * 0x4108]
-    fields = torch.stack(registers, -1)
-    lanes = torch.stack([fields & 0xFFFF, (fields >> 16) & 0xFFFF], -1)
-    code = (((lanes >> 6) & 7) | ((lanes >> 12) & 8)).to(torch.uint8)
+    code = word_codes(blocks[..., :CODE_BYTES].contiguous().view(torch.int32))
     # m, block, half, w, g, t, k, jh, h, jl -> m, w, h, g, block, half, t, k, jh, jl
     code = code.view(n // 64, k // 128, 2, 4, 8, 4, 4, 2, 2, 2).permute(0, 3, 8, 4, 1, 2, 5, 6, 7, 9)
     sf = blocks[..., CODE_BYTES:].reshape(n // 64, k // 128, 4, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4)

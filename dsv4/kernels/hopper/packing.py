@@ -7,14 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, CODE_BYTES
+from dsv4.kernels.triton.packing import code_word
 
 _BLOCK_BYTES, _CODE_BYTES = tl.constexpr(BLOCK_BYTES), tl.constexpr(CODE_BYTES)
-
-
-@triton.jit
-def _fields(byte):
-    """Two codes of a byte, each in its 16-bit lane: sign at 15, magnitude at 8 to 6."""
-    return ((byte & 7) << 6) | ((byte & 8) << 12) | ((byte & 0x70) << 18) | ((byte & 0x80) << 24)
 
 
 @triton.jit
@@ -39,11 +34,8 @@ def _pack(codes, scales, experts, N, K, expert_bytes, offset, GATED: tl.constexp
     base = codes.to(tl.pointer_type(tl.uint16)) + expert * N * (K // 4) + column
     upper = tl.load(base + _row(tile, warp, 0, g, N, GATED) * (K // 4)).to(tl.uint32)
     lower = tl.load(base + _row(tile, warp, 1, g, N, GATED) * (K // 4)).to(tl.uint32)
-    a, b, c, d = _fields(upper & 0xFF), _fields(lower & 0xFF), _fields(upper >> 8), lower >> 8
-    low, high = d & 0xF, d >> 4
-    split = ((low & 3) << 3) | ((low >> 2) & 1) | ((low >> 3) << 1)
-    split |= (((high & 3) << 3) | ((high >> 2) & 1) | ((high >> 3) << 1)) << 16
-    packed = a | ((b << 3) | (b >> 29)) | ((c << 6) | (c >> 26)) | split
+    # Registers of a fragment: (upper, lower row) x (first, second pair of columns).
+    packed = code_word((upper & 0xFF) | ((lower & 0xFF) << 8), (upper >> 8) | (lower & 0xFF00))
     out = experts + expert * expert_bytes + offset + (tile * (K // 128) + block).to(tl.int64) * _BLOCK_BYTES
     tl.store(out.to(tl.pointer_type(tl.uint32)) + word, packed)
     i = tl.arange(0, 512)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.weight_layout import CHUNK_BYTES, CODE_BYTES, Matrix
+from dsv4.kernels.triton.weight_layout import CHUNK_BYTES, CODE_BYTES, Matrix, word_codes
 from dsv4.nvfp4 import pack_nibbles
 
 _CHUNK_WORDS = tl.constexpr(CHUNK_BYTES // 4)
@@ -33,6 +33,12 @@ def _split_lanes(codes):
     lane0 = ((c0 & 3) << 3) | ((c0 >> 2) & 1) | ((c0 >> 3) << 1)
     lane1 = ((c1 & 3) << 3) | ((c1 >> 2) & 1) | ((c1 >> 3) << 1)
     return lane0 | (lane1 << 16)
+
+
+@triton.jit
+def code_word(low, high):
+    """Twice four codes (16 bits) to a word, by the table in the layout's docstring."""
+    return _lanes(low, 0, 6, 15) | _lanes(low, 2, 9, 18) | _lanes(high, 0, 12, 21) | _split_lanes(high)
 
 
 @triton.jit
@@ -62,8 +68,7 @@ def _pack(codes, scales, experts, rows, K, k_blocks, expert_bytes, offset, INTER
     in_rows = strip * 16 < rows
     low = _pair(source, row, column, rows, K // 2, in_rows)
     high = _pair(source, row, column + 32, rows, K // 2, in_rows)
-    packed = _lanes(low, 0, 6, 15) | _lanes(low, 2, 9, 18) | _lanes(high, 0, 12, 21) | _split_lanes(high)
-    tl.store(chunk.to(tl.pointer_type(tl.uint32)) + i, packed)
+    tl.store(chunk.to(tl.pointer_type(tl.uint32)) + i, code_word(low, high))
 
     j = tl.arange(0, _SCALES)
     strip, g, rh, half, place = row_tile * 4 + j // 128, (j // 16) % 8, (j // 8) % 2, (j // 4) % 2, j % 4
@@ -123,19 +128,3 @@ def chunk_scales(scales: Tensor) -> Tensor:
     tiles, blocks, _ = scales.shape
     parts = scales.reshape(tiles, blocks, 4, 8, 2, 2, 2, 2)  # strip, g, rh, half, and two bits of the place
     return parts.permute(0, 1, 2, 4, 3, 5, 7, 6).reshape(tiles, blocks, 4, 2, 8, 8)
-
-
-def word_codes(words: Tensor) -> Tensor:
-    """int32 words ``[...]`` -> uint8 codes ``[..., 8]``, low then high, by the table in the layout's docstring."""
-
-    def bit(position: int) -> Tensor:
-        return (words >> (position % 32)) & 1
-
-    def code(m2: int, m1: int, m0: int, sign: int) -> Tensor:
-        return (bit(sign) << 3) | (bit(m2) << 2) | (bit(m1) << 1) | bit(m0)
-
-    def pair(m2: int, m1: int, m0: int, sign: int) -> list[Tensor]:
-        return [code(m2, m1, m0, sign), code(m2 + 16, m1 + 16, m0 + 16, sign + 16)]
-
-    codes = [*pair(8, 7, 6, 15), *pair(11, 10, 9, 18), *pair(14, 13, 12, 21), *pair(0, 4, 3, 1)]
-    return torch.stack(codes, dim=-1).to(torch.uint8)

@@ -40,6 +40,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from dsv4.ops.layouts import ceil_div
 
 ROWS, K_BLOCK = 64, 128
@@ -47,6 +50,37 @@ ROWS, K_BLOCK = 64, 128
 
 CODE_BYTES, SCALE_BYTES = ROWS * K_BLOCK // 2, ROWS * K_BLOCK // 16
 CHUNK_BYTES = CODE_BYTES + SCALE_BYTES
+
+_WORD_BITS = (
+    (6, 7, 8, 15),
+    (22, 23, 24, 31),
+    (9, 10, 11, 18),
+    (25, 26, 27, 2),
+    (12, 13, 14, 21),
+    (28, 29, 30, 5),
+    (3, 4, 0, 1),
+    (19, 20, 16, 17),
+)
+"""Where bits 0 to 3 (the sign) of each of a word's eight codes stand: the table above."""
+
+
+def word_codes(words: Tensor) -> Tensor:
+    """int32 words ``[...]`` -> uint8 codes ``[..., 8]``."""
+
+    def code(places: tuple[int, ...]) -> Tensor:
+        bits = [((words >> place) & 1) << i for i, place in enumerate(places)]
+        return bits[0] | bits[1] | bits[2] | bits[3]
+
+    return torch.stack([code(places) for places in _WORD_BITS], dim=-1).to(torch.uint8)
+
+
+def code_words(codes: Tensor) -> Tensor:
+    """The inverse: uint8 codes ``[..., 8]`` -> int32 words ``[...]``."""
+    words = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for code, places in zip(codes.to(torch.int32).unbind(-1), _WORD_BITS, strict=True):
+        for i, place in enumerate(places):
+            words |= ((code >> i) & 1) << place
+    return words
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""What the Hopper kernels are launched with, against a driver that only takes notes; no GPU, no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dsv4.errors import BackendError, InputError
+from dsv4.kernels.hopper import launch
+from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.layout import matrix_bytes
+from dsv4.kernels.triton.grouped_gemm import TileMap
+from kernels.fake_driver import FakeDriver, installed
+
+STREAM = 0x5EED
+E, S, TILES, OFFSET = 3, 40, 7, 4608
+GATED = HopperConfig(16, 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True)
+PLAIN = HopperConfig(16, 1, 2, 3, 1, wide_out=True)
+ROWS, DEPTH, MULTIPROCESSORS = 256, 512, 132
+
+
+def operands(config: HopperConfig) -> dict[str, Any]:
+    """Arguments that fit ``config``."""
+    rows = TILES * config.tokens
+    if config.gated:
+        out = torch.zeros(rows * ROWS // 2, dtype=torch.bfloat16)
+    else:
+        out = torch.zeros(S, ROWS, dtype=torch.float32 if config.wide_out else torch.bfloat16)
+    return {
+        "image": torch.zeros(rows * DEPTH, dtype=torch.bfloat16),
+        "row_scale": torch.zeros(rows),
+        "experts": torch.zeros(E, OFFSET + matrix_bytes(ROWS, DEPTH), dtype=torch.uint8),
+        "offset": OFFSET,
+        "gs": torch.zeros(E, 2) if config.gated else torch.zeros(E),
+        "tiles": TileMap(
+            torch.zeros(rows, dtype=torch.int32),
+            torch.zeros(TILES, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+        ),
+        "out": out,
+        "rows": ROWS,
+        "k": DEPTH,
+        "multiprocessors": MULTIPROCESSORS,
+        "limit": 2.5,
+        "topk_weights": torch.zeros(S // 2, 2),
+    }
+
+
+@pytest.fixture
+def driver(monkeypatch) -> Iterator[FakeDriver]:
+    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), f"entry_{config.tokens}"))
+    driver = FakeDriver(launch.GEMM_SIGNATURE)
+    with installed(driver, STREAM):
+        yield driver
+
+
+@pytest.mark.parametrize("config", [GATED, PLAIN], ids=["gated", "plain"])
+def test_every_argument_of_a_launch(driver, config):
+    """The configuration's cubin, threads and shared memory, torch's stream, each pointer and number in its place."""
+    o = operands(config)
+    launch.grouped_gemm(config, **o)
+    (got,) = driver.launches
+    assert (got.cubin, got.entry, got.stream) == (repr(config).encode(), "entry_16", STREAM)
+    tiles_along_n = ROWS // (64 * config.warpgroups)
+    assert got.grid == (TILES * tiles_along_n, 1, 1)
+    assert got.block == (config.warpgroups * 128 + 32, 1, 1)
+    ring = config.stages * (config.blocks * (config.warpgroups * 4608 + 16 * 256) + 2 * 8)
+    assert ring <= got.shared <= ring + 1024  # the start is rounded up to 1024
+    assert got.attributes == {8: got.shared, 9: 100}  # CUfunction_attribute: the most shared memory, carve-out
+    assert got.launch_attributes == []
+    pointers = [
+        o["experts"].data_ptr() + OFFSET,
+        o["image"].data_ptr(),
+        o["gs"].data_ptr(),
+        o["tiles"].row_slot.data_ptr(),
+        o["tiles"].tile_expert.data_ptr(),
+        o["tiles"].num_tiles.data_ptr(),
+        o["row_scale"].data_ptr(),
+        o["topk_weights"].data_ptr(),
+        o["out"].data_ptr(),
+    ]
+    assert got.arguments == [*pointers, o["experts"].stride(0), DEPTH // 128, tiles_along_n, 2.5]
+
+
+def test_the_grid_is_no_more_than_is_resident(driver):
+    """Programs are persistent: as many as the device holds, however many tiles there may be."""
+    launch.grouped_gemm(GATED, **operands(GATED) | {"multiprocessors": 3})
+    assert driver.launches[0].grid == (6, 1, 1)
+
+
+def test_what_is_not_given_is_null(driver):
+    """Operands that the configuration does not read may be missing; no limit is zero."""
+    launch.grouped_gemm(PLAIN, **operands(PLAIN) | {"row_scale": None, "topk_weights": None, "limit": None})
+    arguments = driver.launches[0].arguments
+    assert (arguments[6], arguments[7], arguments[12]) == (0, 0, 0.0)
+
+
+def test_programmatic_dependent_launch(driver):
+    """``dependent`` sets CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION (6) to 1."""
+    launch.grouped_gemm(PLAIN, **operands(PLAIN), dependent=True)
+    assert driver.launches[0].launch_attributes == [(6, 1)]
+
+
+def test_a_kernel_is_loaded_once(driver):
+    """Two launches of one configuration share a module; another configuration has its own."""
+    for config in (GATED, GATED, PLAIN):
+        launch.grouped_gemm(config, **operands(config))
+    assert len(driver._cubins) == 2
+    assert [one.cubin for one in driver.launches] == [repr(c).encode() for c in (GATED, GATED, PLAIN)]
+
+
+def shorter(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "change"),
+    [
+        (GATED, "matrix", lambda o: o.update(rows=192)),
+        (GATED, "matrix", lambda o: o.update(k=448)),
+        (PLAIN, "matrix", lambda o: o.update(k=384)),
+        (HopperConfig(16, 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
+        (GATED, "experts", lambda o: o.update(experts=o["experts"].to(torch.int8))),
+        (GATED, "experts", lambda o: o.update(experts=o["experts"][:, 16:])),
+        (GATED, "experts", lambda o: o.update(experts=o["experts"][:, ::2])),
+        (GATED, "experts", lambda o: o.update(offset=8)),
+        (GATED, "image", lambda o: o.update(image=shorter(o["image"]))),
+        (GATED, "image", lambda o: o.update(image=o["image"].float())),
+        (GATED, "gs", lambda o: o.update(gs=o["gs"][:, 0])),
+        (PLAIN, "gs", lambda o: o.update(gs=shorter(o["gs"]))),
+        (GATED, "row_slot", lambda o: o.update(tiles=TileMap(shorter(o["tiles"].row_slot), *rest(o)))),
+        (GATED, "row_scale", lambda o: o.update(row_scale=None)),
+        (GATED, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
+        (GATED, "topk_weights", lambda o: o.update(topk_weights=None)),
+        (GATED, "topk_weights", lambda o: o.update(topk_weights=o["topk_weights"].double())),
+        (GATED, "out", lambda o: o.update(out=shorter(o["out"]))),
+        (PLAIN, "out", lambda o: o.update(out=o["out"][:, :-1])),
+        (PLAIN, "out", lambda o: o.update(out=o["out"].bfloat16())),
+        (PLAIN, "out", lambda o: o.update(out=o["out"].flatten())),
+    ],
+)
+def test_what_does_not_fit_is_refused(driver, config, name, change):
+    """A wrong size, dtype, stride or place, or a missing operand, is an InputError by name; nothing is launched."""
+    o = operands(config)
+    change(o)
+    with pytest.raises(InputError, match=name):
+        launch.grouped_gemm(config, **o)
+    assert not driver.launches
+
+
+def rest(o: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return o["tiles"].tile_expert, o["tiles"].num_tiles
+
+
+@pytest.mark.parametrize(
+    "failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernelEx"]
+)
+def test_a_failing_driver_is_named(monkeypatch, failing):
+    """What failed, and the driver's word for it."""
+    monkeypatch.setattr(launch, "load", lambda config: (b"cubin", "entry"))
+    with (
+        installed(FakeDriver(launch.GEMM_SIGNATURE, failing)),
+        pytest.raises(BackendError, match=f"{failing} failed with CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ):
+        launch.grouped_gemm(PLAIN, **operands(PLAIN))

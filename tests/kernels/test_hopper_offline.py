@@ -1,0 +1,114 @@
+"""A whole layer of the Hopper backend on paper: what it launches, with which operands; its Triton stages compiled."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from layer_cases import largest_call
+
+pytest.importorskip("triton")
+
+from dsv4.backends.base import Call, InputScales, Packed
+from dsv4.backends.hopper import TILINGS, HopperBackend
+from dsv4.config import MoEConfig
+from dsv4.kernels.hopper import launch
+from dsv4.kernels.hopper.packing import pack
+from kernels.fake_driver import FakeDriver, installed
+from kernels.fake_driver import Launch as GemmLaunch
+from kernels.offline import Launch, recorded, sass
+
+K = 2
+MODES: dict[str, dict[str, Any]] = {
+    "w4a16": {"activation_format": "bf16", "swiglu_limit": 10.0},
+    "static": {},
+    "token": {"activation_scale": "token"},
+    "tensor": {"activation_scale": "tensor"},
+    "per-expert": {"l1_scale_policy": "per_expert", "route_weight": "before_down"},
+    "input": {"activation_format": "bf16", "route_weight": "input", "top_k": 1},
+    "invariant": {"activation_format": "bf16", "batch_invariant": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=132, major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), "entry"))
+
+
+def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tuple[list[GemmLaunch], list[Launch]]:
+    """What one call launches: GEMMs, and kernels of Triton."""
+    cpu, top_k = torch.device("cpu"), settings.pop("top_k", K)
+    config = MoEConfig(experts, h, i, max_num_tokens=max(tokens, 16), top_k=top_k, **settings)
+    backend = HopperBackend(config, cpu)
+    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
+    packed = Packed(
+        torch.zeros(experts, backend._expert_bytes, dtype=torch.uint8), torch.ones(experts, 2), torch.ones(experts)
+    )
+    fixed = config.quantizes_activations and config.activation_scale == "static"
+    call = Call(
+        torch.zeros(tokens, h, dtype=torch.bfloat16),
+        torch.zeros(tokens, top_k),
+        torch.zeros(tokens, top_k, dtype=torch.int64),
+        input_scales=InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None,
+    )
+    driver = FakeDriver(launch.GEMM_SIGNATURE)
+    with recorded() as stages, installed(driver):
+        backend.run(packed, call, scratch, torch.zeros(tokens, h, dtype=torch.bfloat16))
+    return driver.launches, stages
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
+def test_two_products_hand_over_an_image(line, mode):
+    """Every line, every mode: operands fit (or the launcher refuses), GEMM 2 multiplies what GEMM 1 wrote, each token
+    has a scale of its own where activations are quantized, and the routing weight where it acts in GEMM 1."""
+    top_k = MODES[mode].get("top_k", K)
+    tokens, experts = largest_call(TILINGS, line, top_k)
+    h, i = 256, 384
+    (first, second), stages = launches(tokens, experts, h, i, **MODES[mode])
+    assert f"tokens={line.gemm1[0]}," in first.cubin.decode()
+    assert "gated=True" in first.cubin.decode()
+    assert "gated=False" in second.cubin.decode()
+    assert first.arguments[8] == second.arguments[1]
+    assert (first.arguments[10], second.arguments[10]) == (h // 128, i // 128)
+    quantized = MODES[mode].get("activation_format") != "bf16"
+    for product in (first, second):
+        assert bool(product.arguments[6]) or not quantized
+        assert f"row_scale={quantized}" in product.cubin.decode()
+    assert f"weighted={mode == 'per-expert'}" in first.cubin.decode()
+    assert first.arguments[12] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
+    assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
+    assert stages[-1].kernel.__name__ == "_combine"
+
+
+@pytest.mark.parametrize(
+    ("mode", "h", "i"),
+    [
+        ("per-expert", 4096, 2048),
+        pytest.param("w4a16", 7168, 3072, marks=pytest.mark.kernels),
+        pytest.param("token", 7168, 3072, marks=pytest.mark.kernels),
+        pytest.param("tensor", 7168, 3072, marks=pytest.mark.kernels),
+    ],
+)
+def test_stages_compile_for_hopper(mode, h, i, tmp_path):
+    """The stages of the two models compile and keep nothing in local memory."""
+    _, stages = launches(64, 8, h, i, **MODES[mode])
+    for stage in stages:
+        compiled = stage.compile(90)
+        assert not {"LDL", "STL"} & set(sass(compiled.asm["cubin"], tmp_path)), stage.kernel.__name__
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_pack_kernel_compiles_for_hopper(gated, tmp_path):
+    """With nothing in local memory."""
+    with recorded() as found:
+        pack(
+            torch.zeros(2, 128, 64, dtype=torch.uint8), torch.zeros(2, 128, 8, dtype=torch.uint8),
+            torch.zeros(2, 9216, dtype=torch.uint8), 0, gated,
+        )  # fmt: skip
+    (launched,) = found
+    assert not {"LDL", "STL"} & set(sass(launched.compile(90).asm["cubin"], tmp_path))
