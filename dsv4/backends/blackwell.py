@@ -106,7 +106,9 @@ class BlackwellBackend(PortableBackend):
         if declined is not None:
             return Verdict(False, declined)
         if dsl_version() is None and any(CACHE.lookup(k, ARCH_OF[capability]) is None for k in kernels(config)):
-            return Verdict(False, "nvidia-cutlass-dsl is not installed and the kernel cache lacks kernels of this layer")
+            return Verdict(
+                False, "nvidia-cutlass-dsl is not installed and the kernel cache lacks kernels of this layer"
+            )
         return Verdict(True, "CuTe DSL, NVFP4 tensor cores")
 
     @classmethod
@@ -324,4 +326,3 @@ def _plan(config: MoEConfig) -> BufferPlan:
         "down": ((slots, h), torch.float32 if config.batch_invariant else torch.bfloat16),
     }
     return BufferPlan(buffers)
-

@@ -12,7 +12,7 @@ from functools import cache
 
 import cutlass
 import torch
-from cutlass import Float32, Int32, Uint8, Uint32, cute
+from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cute.nvgpu import cpasync
 
 from dsv4.kernels.blackwell.config import THREADS, BlackwellConfig
@@ -150,10 +150,7 @@ class EmulatedGemm(GroupedGemm):
             if lane == 0:
                 cute.arch.mbarrier_arrive(acc_full + slot)
             buffer ^= 1
-            if cutlass.const_expr(cfg.overlapped):
-                acc_phase ^= 1
-            elif buffer == 0:
-                acc_phase ^= 1
+            acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
             tile += step
 
 

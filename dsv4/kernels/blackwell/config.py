@@ -150,7 +150,9 @@ class BlackwellConfig:
     def problem(self) -> str | None:
         """What is wrong with it, or None."""
         if self.m not in (128, 256) or self.n not in (64, 128, 192, 256) or self.k not in (64, 128, 256):
-            return f"tiles are 128 or 256 by 64, 128, 192 or 256 by 64, 128 or 256, found {self.m} x {self.n} x {self.k}"
+            return (
+                f"tiles are 128 or 256 by 64, 128, 192 or 256 by 64, 128 or 256, found {self.m} x {self.n} x {self.k}"
+            )
         if self.stages < 2 or self.shared_bytes > SHARED_BYTES:
             return f"{self.stages} stages take {self.shared_bytes} bytes of shared memory, at most {SHARED_BYTES}"
         if not self.gated and (self.interleaved or self.requantize or self.weighted or self.limited):

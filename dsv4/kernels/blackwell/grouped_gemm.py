@@ -21,7 +21,7 @@ import re
 from tempfile import TemporaryDirectory
 
 import cutlass
-from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint16, Uint32, cute
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint16, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
@@ -92,9 +92,7 @@ class GroupedGemm:
         for rows in (128, cfg.b_rows):
             whole = cute.make_layout((2 * rows, 2 * line, 2), stride=(2 * line, 1, 4 * rows * line))
             box = cute.slice_(self.code_box(rows), (None, None, None, 0))
-            results.append(
-                cpasync.make_tiled_tma_atom(op, cute.make_tensor(anywhere, whole), box, (rows, line, 1))
-            )
+            results.append(cpasync.make_tiled_tma_atom(op, cute.make_tensor(anywhere, whole), box, (rows, line, 1)))
         scales = cute.recast_ptr(anywhere, dtype=Uint16)
         for tiles in (1, cfg.b_scale_tiles):
             whole = cute.make_layout(
@@ -103,9 +101,7 @@ class GroupedGemm:
             )
             box = cute.slice_(self.scale_box(tiles), (None, None, None, None, 0))
             results.append(
-                cpasync.make_tiled_tma_atom(
-                    op, cute.make_tensor(scales, whole), box, (_SCALES, cfg.steps, tiles, 1)
-                )
+                cpasync.make_tiled_tma_atom(op, cute.make_tensor(scales, whole), box, (_SCALES, cfg.steps, tiles, 1))
             )
         return results
 
@@ -284,7 +280,12 @@ class GroupedGemm:
             cute.make_tensor(cute.recast_ptr(base + self.a_scales_at, dtype=Uint16), self.scale_box(1)),
             cute.make_tensor(cute.recast_ptr(base + self.b_scales_at, dtype=Uint16), self.scale_box(cfg.b_scale_tiles)),
         )
-        shapes = ((128, line, 1), (cfg.b_rows, line, 1), (_SCALES, cfg.steps, 1, 1), (_SCALES, cfg.steps, cfg.b_scale_tiles, 1))
+        shapes = (
+            (128, line, 1),
+            (cfg.b_rows, line, 1),
+            (_SCALES, cfg.steps, 1, 1),
+            (_SCALES, cfg.steps, cfg.b_scale_tiles, 1),
+        )
         tile = first
         stage = Int32(0)
         phase = Int32(1)
@@ -310,7 +311,11 @@ class GroupedGemm:
                     modes = len(shapes[i])
                     box = cute.local_tile(cute.domain_offset(places[i], whole), shapes[i], (0,) * modes)
                     target, source = cpasync.tma_partition(
-                        atom, 0, cute.make_layout(1), cute.group_modes(shared[i], 0, modes), cute.group_modes(box, 0, modes)
+                        atom,
+                        0,
+                        cute.make_layout(1),
+                        cute.group_modes(shared[i], 0, modes),
+                        cute.group_modes(box, 0, modes),
                     )
                     cute.copy(atom, source, target[(None, stage)], tma_bar_ptr=full + stage)
                 stage += 1
@@ -415,10 +420,7 @@ class GroupedGemm:
             with cute.arch.elect_one():
                 tcgen05.commit(acc_full + slot, mask, group)
             buffer ^= 1
-            if cutlass.const_expr(cfg.overlapped):
-                acc_phase ^= 1
-            elif buffer == 0:
-                acc_phase ^= 1
+            acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
             tile += step
 
     # Results.
@@ -469,22 +471,18 @@ class GroupedGemm:
             cute.arch.mbarrier_wait(acc_full + place, acc_phase)
             self.fence_accumulator()
             for i in cutlass.range(cfg.n // SUBTILE, unroll=1):
-                part = i
-                if cutlass.const_expr(cfg.overlapped):
-                    # The columns that both accumulators have come first: the last of one, the first of the other.
-                    if buffer == 0:
-                        part = cfg.n // SUBTILE - 1 - i
-                values = self.accumulator_columns(
-                    base, tmem, tidx, buffer * cfg.accumulator_stride + part * SUBTILE
-                )
+                # The columns that both accumulators have come first: the last of one, the first of the other.
+                reversed_part = (cfg.n // SUBTILE - 1 - i) * (1 - buffer) + i * buffer
+                part = reversed_part if cutlass.const_expr(cfg.overlapped) else i
+                values = self.accumulator_columns(base, tmem, tidx, buffer * cfg.accumulator_stride + part * SUBTILE)
                 if i == cfg.release_after - 1:
                     self.release_accumulator(acc_empty + place)
                 column = column_tile * cfg.n + part * SUBTILE
                 if valid & (column < columns):
                     if cutlass.const_expr(cfg.gated):
                         self.write_swiglu(
-                            values, factor, token, gate_gs, up_gs, weight, limit, target, column, columns, out, out_scales,
-                            scale_row, requant_gs,
+                            values, factor, token, gate_gs, up_gs, weight, limit, target, column, columns, out,
+                            out_scales, scale_row, requant_gs,
                         )  # fmt: skip
                     else:
                         column_gs = gate_gs
@@ -492,10 +490,7 @@ class GroupedGemm:
                             column_gs = up_gs
                         self.write_rows(values, factor, token, column_gs, target, column, columns, out)
             buffer ^= 1
-            if cutlass.const_expr(cfg.overlapped):
-                acc_phase ^= 1
-            elif buffer == 0:
-                acc_phase ^= 1
+            acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
             tile += step
 
     def fence_accumulator(self):

@@ -189,8 +189,7 @@ def _check(
     needed = 0 if not rows else tile
     if o.scale_a.element_size() != 1 or o.scale_a.numel() % tile or o.scale_a.numel() < needed:
         raise InputError(
-            f"scale_a: expected whole tiles of {tile} one-byte scales, "
-            f"found {o.scale_a.dtype} {list(o.scale_a.shape)}"
+            f"scale_a: expected whole tiles of {tile} one-byte scales, found {o.scale_a.dtype} {list(o.scale_a.shape)}"
         )
     _layout("scale_a", o.scale_a, o.scale_a.dtype, tuple(o.scale_a.shape))
     numel = round_up(columns, ROW_TILE) * scale_columns

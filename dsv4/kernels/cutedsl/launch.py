@@ -119,7 +119,9 @@ class Kernel:
 
     def __call__(self, grid: int, stream: int, *args: Any, dependent: bool = False) -> None:
         """Launch ``grid`` programs on a CUDA stream handle; ``dependent`` lets it start before its predecessor ends."""
-        values = [value if kind is TensorMap else kind(value) for kind, value in zip(self._signature, args, strict=True)]
+        values = [
+            value if kind is TensorMap else kind(value) for kind, value in zip(self._signature, args, strict=True)
+        ]
         addresses = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
         attributes = []
         if dependent:

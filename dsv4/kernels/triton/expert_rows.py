@@ -163,7 +163,8 @@ def quantize_rows(
         rows.num_tiles if rows is not None else any_table, scale_row if scale_row is not None else any_table,
         codes, sf, row_gs, k, -(-k // 64) * 4,
         SOURCE=int(source), ORDERED=rows is not None, GATHER=slots_per_token is not None,
-        HAS_WEIGHT=weights is not None, TOP_K=slots_per_token or 1, BLOCKS=blocks, num_warps=max(1, min(8, blocks // 32)),
+        HAS_WEIGHT=weights is not None, TOP_K=slots_per_token or 1, BLOCKS=blocks,
+        num_warps=max(1, min(8, blocks // 32)),
     )  # fmt: skip
 
 
