@@ -45,7 +45,7 @@ class EmulatedConfig(BlackwellConfig):
     @property
     def accumulators_at(self) -> int:
         """Where they begin."""
-        return -(-super().shared_bytes // 16) * 16
+        return -(-self.layout_bytes // 16) * 16
 
 
 class EmulatedGemm(GroupedGemm):

@@ -84,7 +84,7 @@ def code_places(config: BlackwellConfig, operand: int) -> tuple[Tensor, Tensor, 
 
 
 def scale_places(config: BlackwellConfig, operand: int) -> tuple[Tensor, Tensor]:
-    """Offsets of our box's uint16 ``[stage, tile, step, 256]``, and of the tensor core's scales ``[stage, block, row]``."""
+    """Offsets of our box's uint16 ``[stage, tile, step, 256]``, and of tcgen05's scales ``[stage, block, row]``."""
     tiles = (1, config.b_scale_tiles)[operand]
     size = 512 * tiles * config.steps * config.stages
     ours, theirs = torch.zeros(size // 2, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)
@@ -94,7 +94,7 @@ def scale_places(config: BlackwellConfig, operand: int) -> tuple[Tensor, Tensor]
 
 
 def tensor_memory(config: BlackwellConfig) -> tuple[list[int], Tensor]:
-    """Columns of A's scales, B's and an accumulator, and K of an instruction; addresses of an accumulator's elements."""
+    """Columns of A's scales, B's and an accumulator, K of an instruction; addresses of an accumulator's elements."""
     out = torch.zeros(4 + 128 * config.n, dtype=torch.int32)
     argument = from_dlpack(out)
     cute.compile(_Probe(config).columns, argument, options=_OPTIONS)(argument)

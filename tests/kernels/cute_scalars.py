@@ -26,7 +26,7 @@ def _lesser(a, b):
 
 
 def _e4m3_byte(value):
-    """By integers: the nearest e4m3 number is one step of fp32's kept bits, ties to even, from 2^-6 on; below, of 2^-9."""
+    """By integers: from 2^-6 on a step is one of the bits that are kept, ties to even; below it is 2^-9."""
     value = _lesser(value, 448.0)
     bits = value.bitcast(Uint32)
     rounded = (bits + Uint32(0x7FFFF) + ((bits >> 20) & Uint32(1))) & Uint32(0xFFF00000)

@@ -107,9 +107,14 @@ class BlackwellConfig:
         return 2 * self.stages + 4
 
     @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: stages, barriers, the address of TMEM, the table of the schedule."""
+    def layout_bytes(self) -> int:
+        """What a CTA puts in shared memory: stages, barriers, the address of TMEM, the table of the schedule."""
         return self.stages * self.stage_bytes + 8 * self.barriers + 16 + TABLE_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: more than half, since each takes all of its multiprocessor's TMEM."""
+        return max(self.layout_bytes, SHARED_BYTES // 2 + 1)
 
     @property
     def a_scale_columns(self) -> int:

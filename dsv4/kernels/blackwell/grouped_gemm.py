@@ -558,6 +558,11 @@ class GroupedGemm:
             self.write_words(out + at * 2, words)
 
 
+def sample_arguments(config: BlackwellConfig) -> tuple:
+    """What ``cute.compile`` takes the types of a launch from."""
+    return (*[Int64(0)] * 9, *[Int32(0)] * 4, Float32(0), Int32(config.ctas))
+
+
 def compile_kernel(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
     return compile_class(GroupedGemm(config), arch)
@@ -566,10 +571,8 @@ def compile_kernel(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
 def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str]:
     """The same of an instance."""
     with TemporaryDirectory() as folder:
-        compiled = cute.compile(
-            kernel, *[Int64(0)] * 9, *[Int32(0)] * 4, Float32(0), Int32(kernel.config.ctas),
-            options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}",
-        )  # fmt: skip
+        options = f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
+        compiled = cute.compile(kernel, *sample_arguments(kernel.config), options=options)
         entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))
         assert entry is not None
         return compiled.artifacts.CUBIN, entry[1]

@@ -14,7 +14,7 @@ from dsv4.config import capacity
 from dsv4.errors import InputError
 from dsv4.kernels.blackwell.cache import CACHE
 from dsv4.kernels.blackwell.config import SUBTILE, THREADS, BlackwellConfig, padded_scale_columns
-from dsv4.kernels.cutedsl.launch import Kernel, TensorMap
+from dsv4.kernels.cutedsl.launch import Kernel, TensorMap, tensor_map
 from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
 from dsv4.ops.layouts import ROW_TILE, ceil_div, round_up
 
@@ -121,20 +121,20 @@ def grouped_gemm(
     line, steps = config.k // 2, config.steps
     a_tiles, b_tiles = operands.scale_a.numel() // (ROW_TILE * scale_columns), round_up(columns, ROW_TILE) // ROW_TILE
     maps = (
-        TensorMap(
+        tensor_map(
             a.data_ptr(), (k // 2, rows, 1), (a.stride(0), rows * a.stride(0)), (line, ROW_TILE, 1), swizzle=line
         ),
-        TensorMap(
+        tensor_map(
             b.data_ptr(), (k // 2, columns, experts), (b.stride(1), b.stride(0)), (line, config.b_rows, 1), swizzle=line
         ),
-        TensorMap(
+        tensor_map(
             operands.scale_a.data_ptr(),
             (_SCALE_TILE // 2, k_tiles, a_tiles, 1),
             (_SCALE_TILE, k_tiles * _SCALE_TILE, a_tiles * k_tiles * _SCALE_TILE),
             (_SCALE_TILE // 2, steps, 1, 1),
             element_bytes=2,
         ),
-        TensorMap(
+        tensor_map(
             operands.scale_b.data_ptr(),
             (_SCALE_TILE // 2, k_tiles, b_tiles, experts),
             (_SCALE_TILE, k_tiles * _SCALE_TILE, operands.scale_b.stride(0)),

@@ -18,7 +18,7 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -50,8 +50,27 @@ def call(library: Any, name: str, *args: Any) -> None:
         raise BackendError(f"{name} failed with {(text.value or b'?').decode()} ({status})")
 
 
-class TensorMap:
-    """What a TMA load needs to know of a tensor: a kernel argument of 128 bytes, aligned to 64.
+class TensorMap(ctypes.Structure):
+    """What a TMA load knows of a tensor, as the driver encodes it: a kernel argument."""
+
+    _fields_ = [("words", ctypes.c_uint64 * (_MAP_BYTES // 8))]
+
+    @property
+    def value(self) -> bytes:
+        """Its bytes."""
+        return bytes(self)
+
+
+def tensor_map(
+    address: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    *,
+    element_bytes: int = 1,
+    swizzle: int = 0,
+) -> TensorMap:
+    """Describe a tensor for TMA loads.
 
     Args:
         address: of the first element, a multiple of 16.
@@ -60,37 +79,31 @@ class TensorMap:
         box: sizes of a load; what lies outside of the tensor is zero.
         element_bytes: 1 or 2.
         swizzle: bytes over which 16-byte chunks trade places: 0, 32, 64 or 128.
-    """
 
-    def __init__(
-        self,
-        address: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        box: Sequence[int],
-        *,
-        element_bytes: int = 1,
-        swizzle: int = 0,
-    ):
-        rank = len(sizes)
-        self._memory = (ctypes.c_char * (_MAP_BYTES + _MAP_ALIGNMENT))()
-        self.address = -(-ctypes.addressof(self._memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-        call(
-            driver(),
-            "cuTensorMapEncodeTiled",
-            ctypes.c_void_p(self.address),
-            _UINT8 if element_bytes == 1 else _UINT16,
-            rank,
-            ctypes.c_void_p(address),
-            (ctypes.c_uint64 * rank)(*sizes),
-            (ctypes.c_uint64 * (rank - 1))(*strides),
-            (ctypes.c_uint32 * rank)(*box),
-            (ctypes.c_uint32 * rank)(*[1] * rank),
-            0,
-            _SWIZZLES[swizzle],
-            _PROMOTION_256,
-            0,
-        )
+    Raises:
+        BackendError: the driver refuses.
+    """
+    memory = bytearray(_MAP_BYTES + _MAP_ALIGNMENT)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    result = TensorMap.from_buffer(memory, -begin % _MAP_ALIGNMENT)
+    rank = len(sizes)
+    call(
+        driver(),
+        "cuTensorMapEncodeTiled",
+        ctypes.byref(result),
+        _UINT8 if element_bytes == 1 else _UINT16,
+        rank,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        0,
+        _SWIZZLES[swizzle],
+        _PROMOTION_256,
+        0,
+    )
+    return result
 
 
 class Kernel:
@@ -101,7 +114,7 @@ class Kernel:
         entry: name of the function.
         threads: of a program.
         shared_bytes: dynamic shared memory of a program.
-        signature: ctypes types of the arguments, or :class:`TensorMap`.
+        signature: ctypes types of the arguments.
         cluster: programs that run as one cluster.
     """
 
@@ -122,18 +135,13 @@ class Kernel:
         values = [
             value if kind is TensorMap else kind(value) for kind, value in zip(self._signature, args, strict=True)
         ]
-        addresses = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attributes = []
         if dependent:
-            attributes.append(_attribute(_PROGRAMMATIC, 1))
+            attributes.append(_Attribute(id=_PROGRAMMATIC, value=1))
         if self._cluster > 1:
-            attributes.append(_attribute(_CLUSTER, self._cluster, 1, 1))
+            attributes.append(_Attribute(id=_CLUSTER, value=self._cluster, rest=(1, 1)))
         config = _LaunchConfig(
             (grid, 1, 1), (self._threads, 1, 1), self._shared, stream, (_Attribute * 2)(*attributes), len(attributes)
         )
-        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         call(self._driver, "cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
-
-
-def _attribute(number: int, *values: int) -> _Attribute:
-    return _Attribute(id=number, value=(ctypes.c_int * 16)(*values))
