@@ -89,8 +89,8 @@ class BlackwellBackend(PortableBackend):
         self.device = device
         self._plan = _plan(config)
         i, h = config.intermediate_size, config.hidden_size
-        self._l1 = _Matrix(0, 2 * i, h)
-        self._l2 = _Matrix(self._l1.end, h, i)
+        self._up = _Matrix(0, 2 * i, h)
+        self._down = _Matrix(self._up.end, h, i)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     @classmethod
@@ -117,8 +117,8 @@ class BlackwellBackend(PortableBackend):
 
     def pack(self, weights: MoEWeights, into: Packed | None = None) -> Packed:
         if into is None:
-            into = Packed.empty(self.config.num_experts, self._l2.end, self.device)
-        parts = ((self._l1, True, weights.l1_fp4, weights.l1_sf), (self._l2, False, weights.l2_fp4, weights.l2_sf))
+            into = Packed.empty(self.config.num_experts, self._down.end, self.device)
+        parts = ((self._up, True, weights.l1_fp4, weights.l1_sf), (self._down, False, weights.l2_fp4, weights.l2_sf))
         for matrix, gated, fp4, sf in parts:
             for part, codes, scales in packing_parts(fp4, sf, self.device):
                 experts = into.experts[part]
@@ -136,7 +136,7 @@ class BlackwellBackend(PortableBackend):
 
     def unpack(self, packed: Packed) -> MoEWeights:
         tensors = []
-        for matrix, gated in ((self._l1, True), (self._l2, False)):
+        for matrix, gated in ((self._up, True), (self._down, False)):
             codes = matrix.codes(packed.experts)
             scales = torch.stack([matrix.swizzle.unswizzle(flat) for flat in matrix.scales(packed.experts)])
             for rows in (codes, scales):
@@ -175,8 +175,8 @@ class BlackwellBackend(PortableBackend):
         operands = Operands(
             views["act_codes"][:slots],
             views["act_sf"],
-            self._l2.codes(packed.experts),
-            self._l2.scales(packed.experts),
+            self._down.codes(packed.experts),
+            self._down.scales(packed.experts),
             views["ends"],
             views["ones"] if call.input_scales is None else call.input_scales.l2,
             packed.l2_gs,
@@ -217,8 +217,8 @@ class BlackwellBackend(PortableBackend):
         operands = Operands(
             views["x_rows"][:slots],
             views["x_sf"],
-            self._l1.codes(packed.experts),
-            self._l1.scales(packed.experts),
+            self._up.codes(packed.experts),
+            self._up.scales(packed.experts),
             views["ends"],
             views["ones"],
             packed.l1_gs,
