@@ -95,12 +95,14 @@ class BlackwellBackend(PortableBackend):
 
     @classmethod
     def explain(cls, config: MoEConfig, device: torch.device) -> Verdict:
+        wanted = " or ".join(f"{major}.{minor}" for major, minor in ARCH_OF)
+        if device.type != "cuda":
+            return Verdict(False, f"kernels for compute capability {wanted}, found {device.type}")
         portable = PortableBackend.explain(config, device)
         if not portable.usable:
             return portable
         capability = torch.cuda.get_device_capability(device)
         if capability not in ARCH_OF:
-            wanted = " or ".join(f"{major}.{minor}" for major, minor in ARCH_OF)
             return Verdict(False, f"kernels for compute capability {wanted}, found {capability[0]}.{capability[1]}")
         declined = declines(config)
         if declined is not None:
