@@ -18,9 +18,8 @@ from torch import Tensor
 from dsv4.backends.base import Call, Packed, Verdict, packing_parts
 from dsv4.backends.portable import PortableBackend
 from dsv4.config import MoEConfig, capacity
-from dsv4.kernels.blackwell.cache import CACHE
 from dsv4.kernels.blackwell.config import BlackwellConfig, chosen, padded_scale_columns
-from dsv4.kernels.blackwell.launch import ARCH_OF, Operands, Requantized, gemm_kernel, grouped_gemm
+from dsv4.kernels.blackwell.launch import ARCH_OF, Operands, Requantized, gemm_kernel, grouped_gemm, stored
 from dsv4.kernels.cutedsl.cache import dsl_version
 from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
 from dsv4.ops.layouts import ROW_TILE, Swizzle32x4x4, round_up, swizzle_32_4_4
@@ -107,7 +106,7 @@ class BlackwellBackend(PortableBackend):
         declined = declines(config)
         if declined is not None:
             return Verdict(False, declined)
-        if dsl_version() is None and any(CACHE.lookup(k, ARCH_OF[capability]) is None for k in kernels(config)):
+        if dsl_version() is None and any(stored(k, capability) is None for k in kernels(config)):
             return Verdict(
                 False, "nvidia-cutlass-dsl is not installed and the kernel cache lacks kernels of this layer"
             )

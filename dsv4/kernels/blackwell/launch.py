@@ -19,7 +19,10 @@ from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
 from dsv4.ops.layouts import ROW_TILE, ceil_div, round_up
 
 ARCH_OF = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
-"""Compute capability -> what is loaded there."""
+"""Compute capability -> what is compiled for it."""
+
+_FAMILY = "sm_100f"
+"""Runs on all of them: a cache that has this one alone serves."""
 
 SIGNATURE = (*[TensorMap] * 4, *[ctypes.c_int64] * 9, *[ctypes.c_int32] * 4, ctypes.c_float)
 """Arguments of :class:`dsv4.kernels.blackwell.grouped_gemm.GroupedGemm`, without the grid."""
@@ -31,10 +34,16 @@ _STORE = 32  # bytes that a thread stores at once
 Loader = Callable[[BlackwellConfig, int], Kernel]
 
 
+def stored(config: BlackwellConfig, capability: tuple[int, int]) -> str | None:
+    """The architecture under which a kernel that runs there is in the cache, or None."""
+    return next((arch for arch in (ARCH_OF[capability], _FAMILY) if CACHE.lookup(config, arch) is not None), None)
+
+
 @cache
 def gemm_kernel(config: BlackwellConfig, device_index: int) -> Kernel:
     """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
-    cubin, entry = CACHE.load(config, ARCH_OF[torch.cuda.get_device_capability(device_index)])
+    capability = torch.cuda.get_device_capability(device_index)
+    cubin, entry = CACHE.load(config, stored(config, capability) or ARCH_OF[capability])
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # the primary context exists from here on
         return Kernel(cubin, entry, THREADS, config.shared_bytes, SIGNATURE, cluster=config.ctas)
