@@ -1,24 +1,24 @@
-"""The Blackwell kernel with its tensor cores replaced by one warp's arithmetic, for a GPU that has none of them.
+"""Configurations and cubins of :mod:`kernels.blackwell_emulation`; needs no DSL where the cache is warm.
 
-Everything else is the kernel itself: schedule, tensor maps, TMA boxes and their swizzle, both rings of barriers, scale
-addresses, epilogue and stores. Tensor memory is shared memory here, and one CTA has a tile (pairs of CTAs load with
-instructions that only Blackwell has).
+Compiled beforehand, on a machine with the DSL, for a GPU machine without it::
+
+    DSV4_CACHE_DIR=folder PYTHONPATH=.:tests python -m kernels.blackwell_emulated
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
-import cutlass
 import torch
-from cutlass import Float32, Int32, Uint32, cute
-from cutlass.cute.nvgpu import cpasync
 
+from dsv4.backends.blackwell import layer_kernels
+from dsv4.config import MoEConfig
+from dsv4.kernels.blackwell.cache import CACHE as REAL
 from dsv4.kernels.blackwell.config import THREADS, BlackwellConfig
-from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_class
 from dsv4.kernels.blackwell.launch import SIGNATURE
-from dsv4.kernels.cutedsl import ptx, schedule
+from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.cutedsl.launch import Kernel
 
 ARCH = "sm_90a"
@@ -48,121 +48,71 @@ class EmulatedConfig(BlackwellConfig):
         return -(-self.layout_bytes // 16) * 16
 
 
-class EmulatedGemm(GroupedGemm):
-    """See the module docstring."""
-
-    wide_stores = False
-
-    def load_op(self):
-        return cpasync.CopyBulkTensorTileG2SOp()
-
-    def allocate(self, base):
-        pass
-
-    def tensor_memory(self, base):
-        return cute.recast_ptr(base + self.config.accumulators_at, dtype=Float32)
-
-    def release(self, tmem):
-        pass
-
-    def fence_accumulator(self):
-        pass
-
-    def release_accumulator(self, barrier):
-        cute.arch.mbarrier_arrive(barrier)
-
-    def accumulators(self, tmem):
-        """``[row, column]``."""
-        return cute.make_tensor(tmem, cute.make_layout((128, self.config.accumulator_stride + self.config.n)))
-
-    def accumulator_columns(self, base, tmem, row, column):
-        acc = self.accumulators(tmem)
-        return [acc[row, column + i] for i in range(32)]
-
-    def bytes_at(self, base, offset):
-        """Bytes of shared memory from an offset on."""
-        return cute.make_tensor(base + offset, cute.make_layout(1))
-
-    def block(self, base, operand, row, block):
-        """Sixteen decoded values of a row and its block of the stage, through the swizzle's definition."""
-        line = self.config.k // 2
-        bits = {128: 7, 64: 3, 32: 1}[line]
-        values = []
-        for byte in range(8):
-            offset = row * line + block * 8 + byte
-            offset = offset ^ (((offset >> 7) & bits) << 4)
-            pair = Uint32(self.bytes_at(base, operand)[offset])
-            for code in (pair & Uint32(15), pair >> 4):
-                magnitude = ((code & Uint32(7)) << 22).bitcast(Float32) * 2.0**126
-                values.append((magnitude.bitcast(Uint32) | ((code & Uint32(8)) << 28)).bitcast(Float32))
-        return values
-
-    def scale(self, base, operand, row, block):
-        """Of a row and a block, by the layout's own definition."""
-        tile = (row // 128) * self.config.steps + block // 4
-        place = tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
-        return ptx.e4m3_value(Uint32(self.bytes_at(base, operand)[place]))
-
-    @cute.jit
-    def multiply(self, base, full, empty, acc_full, acc_empty, table, tmem, first, step, total, column_tiles, chunks):
-        cfg = self.config
-        lane = cute.arch.lane_idx()
-        acc = self.accumulators(tmem)
-        tile = first
-        stage = Int32(0)
-        phase = Int32(0)
-        buffer = Int32(0)
-        acc_phase = Int32(1)
-        while tile < total:
-            _, _, column_tile = schedule.locate(table, column_tiles, tile)
-            slot = Int32(0) if cutlass.const_expr(cfg.overlapped) else buffer
-            cute.arch.mbarrier_wait(acc_empty + slot, acc_phase)
-            at = buffer * cfg.accumulator_stride
-            for column in cutlass.range(cfg.n, unroll=1):
-                for part in cutlass.range_constexpr(4):
-                    acc[lane + 32 * part, at + column] = Float32(0.0)
-            shift = column_tile * cfg.n % 128
-            for _ in cutlass.range(chunks, unroll=1):
-                cute.arch.mbarrier_wait(full + stage, phase)
-                a_at, b_at = stage * cfg.a_bytes, self.b_at + stage * cfg.b_bytes
-                sfa_at = self.a_scales_at + stage * cfg.a_scale_bytes
-                sfb_at = self.b_scales_at + stage * cfg.b_scale_bytes
-                for block in cutlass.range(cfg.k // 16, unroll=1):
-                    for part in cutlass.range_constexpr(4):
-                        row = lane + 32 * part
-                        a_scale = self.scale(base, sfa_at, row, block)
-                        a = [value * a_scale for value in self.block(base, a_at, row, block)]
-                        for column in cutlass.range(cfg.n, unroll=1):
-                            b = self.block(base, b_at, column, block)
-                            total_16 = Float32(0.0)
-                            for i in cutlass.range_constexpr(16):
-                                total_16 = total_16 + a[i] * b[i]
-                            b_scale = self.scale(base, sfb_at, column + shift, block)
-                            acc[row, at + column] = acc[row, at + column] + total_16 * b_scale
-                cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(empty + stage)
-                stage += 1
-                if stage == cfg.stages:
-                    stage = Int32(0)
-                    phase ^= 1
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(acc_full + slot)
-            buffer ^= 1
-            acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
-            tile += step
+PLAIN = EmulatedConfig(128, 64, 64, 4)
+TILES = {
+    "64x64": PLAIN,
+    "64x256": EmulatedConfig(128, 64, 256, 2),
+    "128x128": EmulatedConfig(128, 128, 128, 2),
+    "192x64": EmulatedConfig(128, 192, 64, 2, columns=192 + 32),
+    "overlapped": EmulatedConfig(128, 128, 64, 2, columns=128 + 96),
+}
+_FLAGS = ("gated", "requantize", "wide_out", "row_scale", "weighted", "scattered", "limited")
 
 
-def compile_emulated(config: EmulatedConfig) -> tuple[bytes, str]:
-    """Cubin and entry name."""
-    return compile_class(EmulatedGemm(config), ARCH)
+def layer_configs(config: MoEConfig, fixed_scales: bool) -> tuple[EmulatedConfig, EmulatedConfig]:
+    """GEMM 1 and 2 of a layer: the backend's own flags, one small tile."""
+    kernels = layer_kernels(config, 64, fixed_scales)
+    first, second = (replace(PLAIN, **{flag: getattr(kernel, flag) for flag in _FLAGS}) for kernel in kernels)
+    return first, second
+
+
+def needed() -> list[EmulatedConfig]:
+    """All that tests/kernels/test_blackwell_cuda.py launches."""
+    found = [replace(config, wide_out=True) for config in TILES.values()]
+    found.append(replace(PLAIN, row_scale=True))
+    gated = {"gated": True, "row_scale": True}
+    found += [
+        replace(TILES["128x128"], **gated, interleaved=interleaved, limited=limited)
+        for interleaved in (False, True)
+        for limited in (False, True)
+    ]
+    found += [
+        replace(TILES[name], **gated, requantize=requantize)
+        for name in ("64x64", "overlapped")
+        for requantize in (False, True)
+    ]
+    for place in ("output", "before_down"):
+        for fixed in (False, True):
+            layer = MoEConfig(64, 256, 128, top_k=2, swiglu_limit=2.0, route_weight=place)  # type: ignore[arg-type]
+            first, second = layer_configs(layer, fixed)
+            found += [first, second, replace(second, wide_out=True)]
+    return list(dict.fromkeys(found))
+
+
+def _compile(config: EmulatedConfig, arch: str) -> tuple[bytes, str]:
+    from kernels.blackwell_emulation import compile_emulated
+
+    return compile_emulated(config, arch)
+
+
+CACHE = KernelCache(
+    "blackwell-emulated", (*REAL.sources, Path(__file__), Path(__file__).with_name("blackwell_emulation.py")), _compile
+)
 
 
 @cache
 def emulated_kernel(config: EmulatedConfig, device_index: int) -> Kernel:
     """What a launch takes for its loader."""
-    cubin, entry = compile_emulated(config)
+    cubin, entry = CACHE.load(config, ARCH)
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()
         return Kernel(cubin, entry, THREADS, config.shared_bytes, SIGNATURE)
+
+
+if __name__ == "__main__":
+    # Under this module's own name, which configurations are pickled and told apart by.
+    from kernels import blackwell_emulated
+
+    for kernel in blackwell_emulated.needed():
+        blackwell_emulated.CACHE.load(kernel, ARCH)
+    print(f"{len(blackwell_emulated.needed())} kernels in {blackwell_emulated.CACHE.folder()}")

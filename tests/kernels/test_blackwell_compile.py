@@ -180,3 +180,16 @@ def test_impossible_configurations_are_refused(sizes, flags, what) -> None:
     """Before anything is compiled, with the reason."""
     with pytest.raises(ConfigError, match=what):
         GroupedGemm(BlackwellConfig(*sizes, **flags))
+
+
+@pytest.mark.kernels
+def test_the_emulated_kernels_compile() -> None:
+    """What tests/kernels/test_blackwell_cuda.py runs on a GPU: the same code with its tensor cores replaced."""
+    from kernels.blackwell_emulated import ARCH, needed
+    from kernels.blackwell_emulation import compile_emulated
+
+    for config in needed():
+        code = read(compile_emulated(config, ARCH)[0])
+        whole = counts(code.instructions)
+        assert whole["UTMALDG"] == 4
+        assert config.shared_bytes <= SHARED_BYTES

@@ -1,6 +1,6 @@
 """The Blackwell kernel and backend on a GPU without its tensor cores: everything but those, against plain torch.
 
-See :mod:`kernels.blackwell_emulated`. What is emulated stays unproven: docs/blackwell.md has the list.
+See :mod:`kernels.blackwell_emulation`. What is emulated stays unproven: docs/blackwell.md has the list.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layer_cases import MODES, inputs, random_weights
+from test_moe_numbers import compare
 
-pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
+from dsv4 import backends
 from dsv4.backends import proof
 from dsv4.backends.base import Verdict
-from dsv4.backends.blackwell import BlackwellBackend, declines, layer_kernels
+from dsv4.backends.blackwell import BlackwellBackend, declines
 from dsv4.config import capacity
 from dsv4.kernels.blackwell import ops
 from dsv4.kernels.blackwell.launch import Requantized
@@ -24,7 +26,7 @@ from dsv4.nvfp4 import quantize_blocks
 from dsv4.ops import gemm_runner
 from dsv4.ops.layouts import Swizzle32x4x4, assemble_raw_scales_2d3d_3d_side
 from dsv4.ops.quantize import quantize_nvfp4_swizzled
-from kernels.blackwell_emulated import EmulatedConfig, emulated_kernel
+from kernels.blackwell_emulated import PLAIN, TILES, emulated_kernel, layer_configs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,14 +36,6 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda")
-PLAIN = EmulatedConfig(128, 64, 64, 4)
-TILES = {
-    "64x64": PLAIN,
-    "64x256": EmulatedConfig(128, 64, 256, 2),
-    "128x128": EmulatedConfig(128, 128, 128, 2),
-    "192x64": EmulatedConfig(128, 192, 64, 2, columns=192 + 32),
-    "overlapped": EmulatedConfig(128, 128, 64, 2, columns=128 + 96),
-}
 COUNTS = {
     "ragged": [1, 0, 130, 128, 7, 0, 300],
     "one expert": [0, 0, 0, 515, 0, 0, 0],
@@ -179,9 +173,7 @@ class EmulatedBackend(BlackwellBackend):
         return Verdict(declines(config) is None, declines(config) or "")
 
     def _configs(self, call):
-        kernels = layer_kernels(self.config, 64, call.input_scales is not None)
-        flags = ("gated", "requantize", "wide_out", "row_scale", "weighted", "scattered", "limited")
-        return tuple(replace(PLAIN, **{flag: getattr(kernel, flag) for flag in flags}) for kernel in kernels)
+        return layer_configs(self.config, call.input_scales is not None)
 
 
 def test_the_self_check_passes(monkeypatch, tmp_path):
@@ -197,3 +189,17 @@ def test_the_self_check_passes(monkeypatch, tmp_path):
             return super().pack(replace(weights, l2_fp4=weights.l2_fp4.roll(1, 1)), into)
 
     assert not proof._check(OneRowOff, CUDA).usable
+
+
+@pytest.mark.parametrize("place", ["output", "before_down"])
+@pytest.mark.parametrize("mode", ["w4a4-static", "w4a4-token", "w4a4-tensor"])
+def test_the_layer_matches_the_oracle(mode, place, monkeypatch):
+    """Dropped ids, a skewed expert, an idle one, and more than one tile of rows: within the bar of float64."""
+    monkeypatch.setattr(backends, "BACKENDS", (EmulatedBackend,))
+    monkeypatch.setattr(backends, "prove", lambda backend, device: Verdict(True, "asked elsewhere"))
+    x, w, ids = inputs(200, 256, 2, 8, seed=3)
+    ids[ids == 3] = 5
+    ids[1::7, 0] = -1
+    target = (EmulatedBackend.name, torch.device("cuda", torch.cuda.current_device()))
+    weights = random_weights(8, 256, 128, seed=1, split_gate_up=True)
+    compare(target, weights, MODES[mode] | {"swiglu_limit": 2.0, "route_weight": place}, (x, w, ids))
