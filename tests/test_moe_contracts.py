@@ -85,7 +85,7 @@ def test_views_are_accepted(target):
 @pytest.mark.parametrize("mode", MODES)
 def test_what_scratch_held_is_of_no_account(target, mode):
     """Scratch full of zeros, huge numbers (and indices) or NaN gives the same bits, padding rows among the others."""
-    moe = layer(target, **MODES[mode])
+    moe = layer(target, workspace=Workspace(target[1]), **MODES[mode])
     x, w, ids = batch(target, 37)
     valid = torch.tensor([29], dtype=torch.int32, device=target[1])
     ids[3] = -1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import MODES, build, fitted, inputs, on, poisoned
+from layer_cases import MODES, build, fitted, inputs, on, poisoned, weights_on
 from oracle import random_weights
 
 from dsv4 import BackendError, StateError
@@ -75,6 +75,34 @@ def test_one_graph_replays_any_routing(target, mode):
         graph.replay()
         want = moe.run(x, w, ids, num_valid_tokens=valid)
         assert torch.equal(out, want), seed
+
+
+def test_a_graph_follows_the_weights(target):
+    """A graph captured before one expert, and then all weights, were replaced in place computes with the new ones."""
+    first, second = random_weights(E, H, INTER, seed=1), random_weights(E, H, INTER, seed=2)
+    settings = {"top_k": K, "activation_scale": "token"}
+    moe, other = (build(target, w, **settings) for w in (first, second))
+    args = on(target[1], *inputs(T, H, K, E))
+    moe.warmup((T,))
+    out = poisoned(T, H, target[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moe.run(*args, out=out)
+
+    def replayed() -> torch.Tensor:
+        out.fill_(torch.nan)
+        graph.replay()
+        return out
+
+    assert torch.equal(replayed(), build(target, first, **settings).run(*args))
+    for name in ("experts", "l1_gs", "l2_gs"):
+        getattr(moe._packed, name)[3].copy_(getattr(other._packed, name)[3])
+    mixed = random_weights(E, H, INTER, seed=1)
+    for name, tensor in vars(second).items():
+        getattr(mixed, name)[3] = tensor[3]
+    assert torch.equal(replayed(), build(target, mixed, **settings).run(*args))
+    moe.prepare_weights_from_stacked(*weights_on(second, target[1]))
+    assert torch.equal(replayed(), other.run(*args))
 
 
 def test_capture_before_warmup_is_refused(target):

@@ -18,12 +18,12 @@ from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.hopper.cache import dsl_version, lookup
 from dsv4.kernels.hopper.config import HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
-from dsv4.nvfp4 import finite_row_amax, pack_nibbles
+from dsv4.nvfp4 import pack_nibbles
 from dsv4.weights import MoEWeights
 from dsv4.workspace import BufferPlan
 
 if TYPE_CHECKING:
-    from dsv4.kernels.triton.routing import RoutingBuffers
+    from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups
 
 _MULTIPLE = 128
 """H and I are multiples of it: whole blocks of weights."""
@@ -35,30 +35,26 @@ class Tiling:
 
     Attributes:
         rows_per_expert: the largest mean, ``T * k / E``, that this line serves.
-        gemm1: ``(tokens, warpgroups, blocks, stages, programs_per_sm)`` of :class:`HopperConfig`.
-        gemm2: the same of down; ``tokens`` is shared.
+        unit, widths: of :class:`HopperConfig`.
+        gemm1: ``(warpgroups, blocks, stages, programs_per_sm)`` of :class:`HopperConfig`.
+        gemm2: the same of down.
     """
 
     rows_per_expert: float
-    gemm1: tuple[int, int, int, int, int]
-    gemm2: tuple[int, int, int, int, int]
+    unit: int
+    widths: tuple[int, ...]
+    gemm1: tuple[int, int, int, int]
+    gemm2: tuple[int, int, int, int]
 
 
-# Measured on an H200, V4-Flash, W4A16, microseconds of both GEMMs, floor of each T in brackets:
-#   T = 1 [19]: 8,1,2,4,4 29.6; 8,1,1,8,4 31.5; 8,2,2,5,2 35.0. T = 16 [257], 64 [636]: 8,2,2,5,2 284, 719; 8,1,2,4,4
-#   285, 730; 8,2,1,9,2 292, 760; 8,4,1,10,1 293, 752.
-#   T = 256 [813]: 16,2,2,4,2 1021; 16,4,2,4,1 1032; 16,4,1,9,1 1060; 16,2,1,8,2 1083.
-#   T = 1024 [816]: 32,4,1,8,1 1275; 32,2,2,3,2 1328; 32,2,1,6,2 1339; 40,2,1,5,2 1458; 48,4,1,7,1 1474.
-#   T = 2048 [816]: 72,2,1,4,2 1736; 64,4,1,6,1 1741; 64,2,1,4,2 1779.
-#   T = 8192 [3205]: 128,2,1,5,1 4835; 256,2,1,3,1 5253; 96,4,1,5,1 5243; two programs of 128 tokens 8463.
 TILINGS = (
-    Tiling(1 / 8, (8, 1, 2, 4, 4), (8, 1, 2, 4, 4)),
-    Tiling(4, (8, 2, 2, 5, 2), (8, 2, 2, 5, 2)),
-    Tiling(9, (16, 2, 2, 4, 2), (16, 2, 2, 4, 2)),
-    Tiling(16, (24, 2, 2, 3, 2), (24, 2, 2, 3, 2)),
-    Tiling(26, (32, 4, 1, 8, 1), (32, 4, 1, 8, 1)),
-    Tiling(54, (72, 2, 1, 4, 2), (72, 2, 1, 4, 2)),
-    Tiling(float("inf"), (128, 2, 1, 5, 1), (128, 2, 1, 5, 1)),
+    Tiling(1 / 8, 8, (8,), (1, 2, 4, 4), (1, 2, 4, 4)),
+    Tiling(4, 8, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
+    Tiling(9, 8, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
+    Tiling(16, 8, (16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
+    Tiling(30, 8, (24, 32), (4, 1, 7, 1), (4, 1, 7, 1)),
+    Tiling(60, 16, (48, 64, 80), (2, 1, 6, 1), (2, 1, 6, 1)),
+    Tiling(float("inf"), 16, (64, 80, 96, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
 )
 
 
@@ -138,46 +134,54 @@ class HopperBackend(PortableBackend):
         cfg = self.config
         slots = call.topk_ids.numel()
         tiling = self._line(call.hidden_states.shape[0])
-        row_tile = tiling.gemm1[0]
-        tables = self._route(call, views, row_tile)
-        self._activate(packed, call, views, tables, tiling, quantize=cfg.quantizes_activations)
-        activated, i = views["act"], cfg.intermediate_size
+        tables, groups = self._schedule(call, views, tiling)
+        self._activate(packed, call, views, tables, groups, tiling, quantize=cfg.quantizes_activations)
+        activated, i, unit = views["act"], cfg.intermediate_size, tiling.unit
         row_scale = None
         if cfg.quantizes_activations:
             source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
             row_scale = views["row_scale"]
             if source is ScaleSource.BATCH:
-                image_amax(activated, tables.tiles, row_tile, i, tables.amax[1:])
-            quantize_image(activated, row_scale, tables.tiles, row_tile, i, source, scale)
+                image_amax(activated, tables.tiles, groups, unit, i, tables.amax[1:], of_batch=True)
+            quantize_image(activated, row_scale, tables.tiles, groups, unit, i, source, scale)
         slot_rows = self._slot_rows(views, slots)
         gemm2 = replace(_gemm2_config(cfg, tiling), wide_out=slot_rows.dtype == torch.float32)
         grouped_gemm(
-            gemm2, activated, row_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, slot_rows,
-            rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors,
+            gemm2, activated, row_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, groups, slot_rows,
+            rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors, dependent=True,
         )  # fmt: skip
         combine(
             slot_rows, tables.local_ids, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k
         )
 
     def _activated_amax(self, packed: Packed, call: Call, views: dict[str, Tensor]) -> tuple[RoutingBuffers, Tensor]:
-        cfg = self.config
+        from dsv4.kernels.hopper.stages import image_amax
+
         tiling = self._line(call.hidden_states.shape[0])
-        row_tile = tiling.gemm1[0]
-        tables = self._route(call, views, row_tile)
-        self._activate(packed, call, views, tables, tiling, quantize=False)
-        slots = call.topk_ids.numel()
-        row_slot = tables.tiles.row_slot.long()
-        image = views["act"][: row_slot.shape[0] * cfg.intermediate_size]
-        rows = image.view(-1, cfg.intermediate_size // 64, row_tile, 64).transpose(1, 2).flatten(2).flatten(0, 1)
-        # Unused rows hold anything: they go to a slot that is cut off.
-        target = torch.where(row_slot >= 0, row_slot, slots)
-        amax = finite_row_amax(rows)
-        return tables, amax.new_zeros(slots + 1).scatter_(0, target, amax)[:-1]
+        tables, groups = self._schedule(call, views, tiling)
+        self._activate(packed, call, views, tables, groups, tiling, quantize=False)
+        amax = torch.zeros(call.topk_ids.numel(), device=self.device)
+        image_amax(views["act"], tables.tiles, groups, tiling.unit, self.config.intermediate_size, amax, of_batch=False)
+        return tables, amax
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
         mean = tokens * self.config.top_k / self.config.num_experts
         return next(t for t in TILINGS if mean <= t.rows_per_expert)
+
+    def _schedule(self, call: Call, views: dict[str, Tensor], tiling: Tiling) -> tuple[RoutingBuffers, RowGroups]:
+        from dsv4.kernels.triton.routing import RowGroups
+
+        slots, most = call.topk_ids.numel(), tiling.widths[-1]
+        e = self.config.num_experts
+        groups = RowGroups(
+            most,
+            views["slot_row"][:slots],
+            views["tile_group"][: capacity(slots, e, tiling.unit) // tiling.unit],
+            views["group_row"][: capacity(slots, e, most) // most + 1],
+            views["num_groups"],
+        )
+        return self._route(call, views, tiling.unit, groups), groups
 
     def _activate(
         self,
@@ -185,44 +189,42 @@ class HopperBackend(PortableBackend):
         call: Call,
         views: dict[str, Tensor],
         tables: RoutingBuffers,
+        groups: RowGroups,
         tiling: Tiling,
         quantize: bool,
     ) -> None:
-        """Gather the tokens, multiply, SwiGLU: the image ``act``."""
+        """Tokens to their rows, GEMM 1, SwiGLU: the image ``act``."""
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import gather_image, quantize_image
-        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
+        from dsv4.kernels.hopper.stages import scatter_rows
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax
 
-        cfg, row_tile = self.config, tiling.gemm1[0]
-        x, x_scale, tokens = call.hidden_states, None, call.hidden_states.shape[0]
+        cfg = self.config
         input_weights = call.topk_weights if cfg.route_weight == "input" else None
-        scales = call.input_scales if quantize else None
-        per_slot = scales is not None and cfg.l1_scale_policy == "per_expert"
-        row_scale = views["row_scale"]
-        if input_weights is not None or (quantize and not per_slot):
-            source, scale = ScaleSource.NONE, None
-            x, x_scale = views["x_staged"][:tokens], None
-            if quantize and not per_slot:
-                source, scale = self._scale_source(call, None if scales is None else scales.l1_merged, tables, 0)
-                x_scale = views["x_scale"][:tokens]
-                if source is ScaleSource.BATCH:
-                    batch_amax(call.hidden_states, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
-            stage_rows(call.hidden_states, x, views["x_scale"], source=source, scale=scale, weights=input_weights)
-        gather_image(x, x_scale, views["x_image"], row_scale, tables.tiles, row_tile, cfg.top_k)
-        if scales is not None and per_slot:
-            quantize_image(
-                views["x_image"], row_scale, tables.tiles, row_tile, cfg.hidden_size, ScaleSource.EXPERT, scales.l1
-            )
-        config = replace(_gemm1_config(cfg, tiling), row_scale=quantize)
+        source, scale = ScaleSource.NONE, None
+        if quantize:
+            per_slot, given = cfg.l1_scale_policy == "per_expert", None
+            if call.input_scales is not None:
+                given = call.input_scales.l1 if per_slot else call.input_scales.l1_merged
+            source, scale = self._scale_source(call, given, tables, 0)
+            if source is ScaleSource.BATCH:
+                batch_amax(call.hidden_states, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
+        row_scale = views["row_scale"] if quantize else None
+        scatter_rows(
+            call.hidden_states, views["x_image"], views["row_scale"], groups, tables.local_ids, tiling.unit, cfg.top_k,
+            source=source, scale=scale, weights=input_weights,
+        )  # fmt: skip
         grouped_gemm(
-            config, views["x_image"], row_scale, packed.experts, 0, packed.l1_gs, tables.tiles, views["act"],
-            rows=2 * cfg.intermediate_size, k=cfg.hidden_size, multiprocessors=self._multiprocessors,
-            limit=cfg.swiglu_limit, topk_weights=call.topk_weights,
+            replace(_gemm1_config(cfg, tiling), row_scale=quantize), views["x_image"], row_scale, packed.experts, 0,
+            packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size, k=cfg.hidden_size,
+            multiprocessors=self._multiprocessors, limit=cfg.swiglu_limit, topk_weights=call.topk_weights,
+            dependent=True,
         )  # fmt: skip
 
 
 def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
     return HopperConfig(
+        tiling.unit,
+        tiling.widths,
         *tiling.gemm1,
         gated=True,
         row_scale=config.quantizes_activations,
@@ -232,7 +234,7 @@ def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
 
 
 def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
-    fitting = HopperConfig(*tiling.gemm2, row_scale=config.quantizes_activations)
+    fitting = HopperConfig(tiling.unit, tiling.widths, *tiling.gemm2, row_scale=config.quantizes_activations)
     return fitting.fitted(config.hidden_size, config.intermediate_size)
 
 
@@ -253,21 +255,23 @@ def _plan(config: MoEConfig) -> BufferPlan:
 
     slots, e = config.max_slots, config.num_experts
     h, i = config.hidden_size, config.intermediate_size
-    tiles = {t.gemm1[0] for t in TILINGS}
     # A line of the table serves calls of so many slots at most.
-    served = [(t.gemm1[0], min(slots, int(min(t.rows_per_expert * e, slots)))) for t in TILINGS]
-    rows = max(capacity(s, e, p) for p, s in served)
-    staged = config.quantizes_activations or config.route_weight == "input"
+    served = [(t, min(slots, int(min(t.rows_per_expert * e, slots)))) for t in TILINGS]
+    rows = max(capacity(s, e, t.unit) for t, s in served)
+    row_tiles = max(capacity(s, e, t.unit) // t.unit for t, s in served)
+    groups = max(capacity(s, e, t.widths[-1]) // t.widths[-1] for t, s in served)
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "local_ids": ((slots,), torch.int32),
         "row_slot": ((rows,), torch.int32),
-        "tile_expert": ((capacity(slots, e, min(tiles)) // min(tiles),), torch.int32),
+        "tile_expert": ((row_tiles,), torch.int32),
         "num_tiles": ((1,), torch.int32),
+        "slot_row": ((slots,), torch.int32),
+        "tile_group": ((row_tiles,), torch.int32),
+        "group_row": ((groups + 1,), torch.int32),
+        "num_groups": ((1,), torch.int32),
         "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),
         "row_scale": ((rows,), torch.float32),
-        "x_scale": ((config.max_num_tokens,), torch.float32),
-        "x_staged": ((config.max_num_tokens if staged else 0, h), torch.bfloat16),
         "act": ((rows * i,), torch.bfloat16),
         "x_image": ((rows * h,), torch.bfloat16),
     }

@@ -22,7 +22,7 @@ from dsv4.workspace import BufferPlan
 
 if TYPE_CHECKING:
     from dsv4.kernels.triton.grouped_gemm import GemmConfig
-    from dsv4.kernels.triton.routing import RoutingBuffers
+    from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups
     from dsv4.kernels.triton.stages import ScaleSource
 
 MIN_CAPABILITY = (8, 0)
@@ -189,7 +189,9 @@ class PortableBackend:
 
     # Stages.
 
-    def _route(self, call: Call, views: dict[str, Tensor], row_tile: int) -> RoutingBuffers:
+    def _route(
+        self, call: Call, views: dict[str, Tensor], row_tile: int, groups: RowGroups | None = None
+    ) -> RoutingBuffers:
         from dsv4.kernels.triton.grouped_gemm import TileMap
         from dsv4.kernels.triton.routing import RoutingBuffers, route
 
@@ -201,6 +203,7 @@ class PortableBackend:
             TileMap(views["row_slot"][:rows], views["tile_expert"][: rows // row_tile], views["num_tiles"]),
             views["hist"],
             views["amax"],
+            groups,
         )
         route(
             call.topk_ids, cfg.num_experts, row_tile, tables, start=cfg.experts_start_idx, expert_map=call.expert_map,

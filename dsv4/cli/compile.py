@@ -65,18 +65,22 @@ def _config(layer: LayerShape, **modes: Any) -> MoEConfig:
 
 
 def _hopper(layer: LayerShape, arch: str) -> _Work:
+    from dsv4.backends import proof
     from dsv4.backends.hopper import kernels
     from dsv4.kernels.hopper import cache
 
-    needed = {k for form in ("bf16", "nvfp4") for k in kernels(_config(layer, activation_format=form))}
+    configs = [*proof.configurations(), *(_config(layer, activation_format=form) for form in ("bf16", "nvfp4"))]
+    needed = {kernel for config in configs for kernel in kernels(config)}
     missing = [partial(cache.load, kernel) for kernel in needed if cache.lookup(kernel) is None]
     return cache.folder(), len(needed), missing
 
 
 def _blackwell(layer: LayerShape, arch: str) -> _Work:
-    from dsv4.backends.blackwell import kernels
+    from dsv4.backends import proof
+    from dsv4.backends.blackwell import declines, kernels
     from dsv4.kernels.blackwell.cache import CACHE
 
-    needed = {k for scale in ("static", "token") for k in kernels(_config(layer, activation_scale=scale))}
+    configs = [*proof.configurations(), *(_config(layer, activation_scale=scale) for scale in ("static", "token"))]
+    needed = {kernel for config in configs if declines(config) is None for kernel in kernels(config)}
     missing = [partial(CACHE.load, kernel, arch) for kernel in needed if CACHE.lookup(kernel, arch) is None]
     return CACHE.folder(), len(needed), missing

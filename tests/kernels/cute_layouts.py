@@ -10,6 +10,8 @@ from cutlass.cute.runtime import from_dlpack
 from cutlass.utils import hopper_helpers
 from torch import Tensor
 
+_HOPPER = "--gpu-arch sm_90a"
+
 
 @cute.jit
 def _write_image(rows: cute.Tensor, out: cute.Tensor, tokens: cutlass.Constexpr, blocks: cutlass.Constexpr):
@@ -26,7 +28,8 @@ def write_image(rows: Tensor, image: Tensor, tokens: int, blocks: int) -> None:
 
     ``image`` has as many values and begins at a multiple of 1024 bytes.
     """
-    _write_image(from_dlpack(rows), from_dlpack(image, assumed_align=1024), tokens, blocks)
+    tensors = from_dlpack(rows), from_dlpack(image, assumed_align=1024)
+    cute.compile(_write_image, *tensors, tokens, blocks, options=_HOPPER)(*tensors)
 
 
 @cute.jit
@@ -43,5 +46,5 @@ def _operand_places(out: cute.Tensor):
 def operand_places() -> Tensor:
     """int32 ``[128 * 8]``: ``row + 64 * column`` of each thread's values of a 64 x 16 operand in registers."""
     out = torch.empty(128 * 8, dtype=torch.int32)
-    _operand_places(from_dlpack(out))
+    cute.compile(_operand_places, from_dlpack(out), options=_HOPPER)(from_dlpack(out))
     return out

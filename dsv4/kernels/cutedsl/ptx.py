@@ -29,6 +29,11 @@ def store_b32(address, value):
     inline_ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
+def store_b64(address, low, high):
+    """Eight bytes to global memory."""
+    inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, low, high])
+
+
 def store_f32(address, value):
     """A float to global memory."""
     inline_ptx("st.global.f32 [{$r0}], {$r1};", read_only_args=[address, value])
@@ -45,6 +50,41 @@ def shared_quad(address):
         "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Uint32] * 4,
         read_only_args=[address],
+    )
+
+
+def shared_store_pair(address, first, second):
+    """An integer and a float to shared memory, eight bytes."""
+    inline_ptx("st.shared.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, first, second])
+
+
+def shared_pair(address):
+    """What :func:`shared_store_pair` stored."""
+    return inline_ptx(
+        "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Int32, Float32], read_only_args=[address]
+    )
+
+
+def load_matrices(address):
+    """Four 8x8 matrices of 16-bit values from shared memory, two values of each a lane.
+
+    Lane ``8 i + r`` gives the address of row r of matrix i; lane l receives values ``2 (l % 4)`` and the next of row
+    ``l // 4`` of each.
+    """
+    return inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def mma_16x8x16(acc, a, b):
+    """``acc + a b`` of a warp: four floats, four registers of A (16 x 16 bf16) and two of B (16 x 8)."""
+    return inline_ptx(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+        write_only_types=[Float32] * 4,
+        read_only_args=[*a, *b, *acc],
     )
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from dsv4.kernels.hopper.layout import BLOCK_BYTES
 
 PRODUCER_REGISTERS = 24
+MMA_TOKENS = 8
+"""Row groups of up to so many rows are multiplied by ``mma`` (a warp's), wider ones by ``wgmma`` (a warpgroup's).
+
+For 8 tokens ``mma`` is the faster one, 6 %; for 16 they are equal, and for more ``wgmma`` is."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,10 @@ class HopperConfig:
     """One compiled kernel.
 
     Attributes:
-        tokens: rows of a row tile, wgmma's N: a multiple of 8 up to 256.
+        unit: row groups are so many rows long, or a multiple: 8 or 16.
+        widths: numbers of tokens that main loops are compiled for, ascending multiples of 8 up to 256. A row group
+            takes the first that holds it. Each costs registers, although one is used at a time: with too many, ptxas
+            waits for every single wgmma (tests/kernels/test_hopper_compile.py counts).
         warpgroups: consumers of 64 weight rows each.
         blocks: 128s of K in a pipeline stage.
         stages: depth of the pipeline.
@@ -26,7 +33,8 @@ class HopperConfig:
         limited: clamp SwiGLU's operands.
     """
 
-    tokens: int
+    unit: int
+    widths: tuple[int, ...]
     warpgroups: int
     blocks: int
     stages: int
@@ -36,6 +44,11 @@ class HopperConfig:
     row_scale: bool = False
     weighted: bool = False
     limited: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The most rows of a row group."""
+        return self.widths[-1]
 
     @property
     def producer_group(self) -> bool:
@@ -59,8 +72,8 @@ class HopperConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a program."""
-        return self.stages * (self.stage_bytes + 16) + 1024
+        """Dynamic shared memory of a program: the pipeline, its barriers, two tables of row slots and factors."""
+        return self.stages * (self.stage_bytes + 16) + 2 * self.tokens * 8 + 1024
 
     def fitted(self, rows: int, k: int) -> HopperConfig:
         """The nearest one of whose tiles a ``rows x k`` matrix is made, where this one's do not fit a small matrix."""

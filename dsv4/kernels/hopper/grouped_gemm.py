@@ -29,7 +29,7 @@ from cutlass.utils import hopper_helpers
 
 from dsv4.kernels.cutedsl import ptx
 from dsv4.kernels.cutedsl.epilogue import swiglu
-from dsv4.kernels.hopper.config import PRODUCER_REGISTERS, HopperConfig
+from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES
 
 _LANES = 0x81C081C0
@@ -66,7 +66,8 @@ class GroupedGemm:
         gs: Int64,
         row_slot: Int64,
         tile_expert: Int64,
-        num_tiles: Int64,
+        group_row: Int64,
+        num_groups: Int64,
         row_scale: Int64,
         topk_weights: Int64,
         out: Int64,
@@ -78,8 +79,8 @@ class GroupedGemm:
     ):
         cfg = self.config
         self.kernel(
-            experts, image, gs, row_slot, tile_expert, num_tiles, row_scale, topk_weights, out, expert_bytes, k_blocks,
-            n_tiles, limit,
+            experts, image, gs, row_slot, tile_expert, group_row, num_groups, row_scale, topk_weights, out,
+            expert_bytes, k_blocks, n_tiles, limit,
         ).launch(
             grid=(grid, 1, 1), block=(cfg.threads, 1, 1), smem=cfg.shared_bytes, min_blocks_per_mp=cfg.programs_per_sm,
             preferred_smem_carveout=100,  # else the device is asked
@@ -93,7 +94,8 @@ class GroupedGemm:
         gs: Int64,
         row_slot: Int64,
         tile_expert: Int64,
-        num_tiles: Int64,
+        group_row: Int64,
+        num_groups: Int64,
         row_scale: Int64,
         topk_weights: Int64,
         out: Int64,
@@ -103,16 +105,12 @@ class GroupedGemm:
         limit: Float32,
     ):
         cfg = self.config
-        tokens, groups, stages = cutlass.const_expr(cfg.tokens), cutlass.const_expr(cfg.warpgroups), cfg.stages
+        groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
 
         base = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
-        token_bytes = cfg.blocks * tokens * 256
-        weight_bytes = cfg.blocks * BLOCK_BYTES
-        weights_at = stages * token_bytes
-        barriers_at = weights_at + stages * groups * weight_bytes
-        full = cute.recast_ptr(base + barriers_at, dtype=Int64)
+        full = cute.recast_ptr(base + stages * cfg.stage_bytes, dtype=Int64)
         empty = full + stages
 
         if tidx == 0:
@@ -122,27 +120,55 @@ class GroupedGemm:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        # The next launch may begin: it waits for this one before it reads what this one writes. The tile map is older
-        # than the launch before this one, and may be read already.
+        # The next launch may begin: it waits for this one before it reads what this one writes. The tables of routing
+        # are older than the launch before this one, and may be read already.
         cute.arch.griddepcontrol_launch_dependents()
-        total = ptx.load_i32(num_tiles) * n_tiles
+        total = ptx.load_i32(num_groups) * n_tiles
         chunks = k_blocks // cfg.blocks
 
         if warp >= 4 * groups:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if tidx == 128 * groups:
-                self.produce(base, full, empty, total, k_blocks, experts, image, tile_expert, expert_bytes, n_tiles)
+                self.produce(
+                    base, full, empty, total, k_blocks, experts, image, tile_expert, group_row, expert_bytes, n_tiles
+                )
         else:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles,
-                limit,
+                base, full, empty, total, chunks, gs, row_slot, tile_expert, group_row, row_scale, topk_weights, out,
+                n_tiles, limit,
             )  # fmt: skip
 
     @cute.jit
-    def produce(self, base, full, empty, total, k_blocks, experts, image, tile_expert, expert_bytes, n_tiles):
+    def row_group(self, tile, n_tiles, tile_expert, group_row):
+        """``(first row, number of rows, expert)`` of an output tile."""
+        at = group_row + Int64(tile // n_tiles) * 4
+        row = ptx.load_i32(at)
+        width = ptx.load_i32(at + 4) - row
+        expert = ptx.load_i32(tile_expert + Int64(row // self.config.unit) * 4)
+        return row, width, expert
+
+    @cute.jit
+    def load_weights(self, at, weight, run_bytes, barrier):
+        """Copy a stage's weights: of each warpgroup's rows, ``run_bytes`` apart."""
+        cfg = self.config
+        size = cfg.blocks * BLOCK_BYTES
+        for g in cutlass.range_constexpr(cfg.warpgroups):
+            ptx.bulk_load(at + g * size, weight + Int64(run_bytes) * g, size, barrier)
+
+    @cute.jit
+    def load_tokens(self, at, token, width, barrier):
+        """Copy a stage's tokens: the rows that there are of each 64 of K, each 64 at a place of its own."""
+        cfg = self.config
+        for half in cutlass.range_constexpr(2 * cfg.blocks):
+            ptx.bulk_load(at + half * (cfg.tokens * 128), token + Int64(half * width * 128), width * 128, barrier)
+
+    @cute.jit
+    def produce(
+        self, base, full, empty, total, k_blocks, experts, image, tile_expert, group_row, expert_bytes, n_tiles
+    ):  # fmt: skip
         """The producer thread: copies for one stage after the other, as consumers free them."""
         cfg = self.config
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
@@ -160,54 +186,46 @@ class GroupedGemm:
         phase = Int32(1)
         ahead = Int32(0)
         if tile < total:
+            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
             # Weights depend on no other launch: the first stages are on their way before the tokens are there.
-            row_tile = tile // n_tiles
-            n_tile = tile - row_tile * n_tiles
-            expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
-            weight = experts + Int64(expert) * expert_bytes + Int64(n_tile * groups) * Int64(run_bytes)
-            token = image + Int64(row_tile) * Int64(k_blocks * (cfg.tokens * 256))
+            weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
+            token = image + Int64(row) * Int64(k_blocks * 256)
             ahead = cutlass.min(chunks, Int32(stages))
             for i in cutlass.range(ahead, unroll=1):
-                cute.arch.mbarrier_arrive_and_expect_tx(full + i, cfg.stage_bytes)
-                barrier = (full + i).toint()
-                for g in cutlass.range_constexpr(groups):
-                    ptx.bulk_load(
-                        weights_at + (i * groups + g) * weight_bytes,
-                        weight + Int64(run_bytes) * g + Int64(i * weight_bytes),
-                        weight_bytes,
-                        barrier,
-                    )
+                cute.arch.mbarrier_arrive_and_expect_tx(full + i, groups * weight_bytes + width * (cfg.blocks * 256))
+                self.load_weights(
+                    weights_at + i * (groups * weight_bytes),
+                    weight + Int64(i * weight_bytes),
+                    run_bytes,
+                    (full + i).toint(),
+                )
             cute.arch.griddepcontrol_wait()
             for i in cutlass.range(ahead, unroll=1):
-                ptx.bulk_load(
-                    tokens_at + i * token_bytes, token + Int64(i * token_bytes), token_bytes, (full + i).toint()
+                self.load_tokens(
+                    tokens_at + i * token_bytes,
+                    token + Int64(i * (width * (cfg.blocks * 256))),
+                    width,
+                    (full + i).toint(),
                 )
             stage = ahead
             if stage == stages:
                 stage = Int32(0)
                 phase = Int32(0)
         while tile < total:
-            row_tile = tile // n_tiles
-            n_tile = tile - row_tile * n_tiles
-            expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
-            weight = experts + Int64(expert) * expert_bytes + Int64(n_tile * groups) * Int64(run_bytes)
-            token = image + Int64(row_tile) * Int64(k_blocks * (cfg.tokens * 256))
+            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
+            weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
+            token = image + Int64(row) * Int64(k_blocks * 256)
+            width_bytes = width * (cfg.blocks * 256)
             weight += Int64(ahead * weight_bytes)
-            token += Int64(ahead * token_bytes)
+            token += Int64(ahead * width_bytes)
             for _ in cutlass.range(chunks - ahead, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, cfg.stage_bytes)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, groups * weight_bytes + width_bytes)
                 barrier = (full + stage).toint()
-                for g in cutlass.range_constexpr(groups):
-                    ptx.bulk_load(
-                        weights_at + (stage * groups + g) * weight_bytes,
-                        weight + Int64(run_bytes) * g,
-                        weight_bytes,
-                        barrier,
-                    )
-                ptx.bulk_load(tokens_at + stage * token_bytes, token, token_bytes, barrier)
+                self.load_weights(weights_at + stage * (groups * weight_bytes), weight, run_bytes, barrier)
+                self.load_tokens(tokens_at + stage * token_bytes, token, width, barrier)
                 weight += weight_bytes
-                token += token_bytes
+                token += Int64(width_bytes)
                 stage += 1
                 if stage == stages:
                     stage = Int32(0)
@@ -217,162 +235,258 @@ class GroupedGemm:
 
     @cute.jit
     def consume(
-        self, base, full, empty, total, chunks, gs, row_slot, tile_expert, row_scale, topk_weights, out, n_tiles, limit
+        self, base, full, empty, total, chunks, gs, row_slot, tile_expert, group_row, row_scale, topk_weights, out,
+        n_tiles, limit,
     ):  # fmt: skip
         """A consumer warpgroup."""
         cfg = self.config
-        tokens, groups, stages = cutlass.const_expr(cfg.tokens), cutlass.const_expr(cfg.warpgroups), cfg.stages
+        groups, widths = cutlass.const_expr(cfg.warpgroups), cutlass.const_expr(cfg.widths)
         tidx, _, _ = cute.arch.thread_idx()
         program, _, _ = cute.arch.block_idx()
         programs, _, _ = cute.arch.grid_dim()
-        warp = cute.arch.make_warp_uniform(tidx // 32)
-        group = warp // 4
-        thread = tidx % 128
-        lane = tidx % 32
-        token_bytes = cfg.blocks * tokens * 256
+        group = cute.arch.make_warp_uniform(tidx // 32) // 4
+        tables = base.toint() + cfg.stages * (cfg.stage_bytes + 16)
+
+        cute.arch.griddepcontrol_wait()  # for the scales of rows
+        acc = cute.make_rmem_tensor((cfg.tokens // 2,), Float32)
+        a = [cute.make_rmem_tensor(((2, 2, 2), 1, 4), BFloat16) for _ in range(2)]
+        tile = program
+        stage = Int32(0)
+        phase = Int32(0)
+        table = Int32(0)
+        row, width, expert = Int32(0), Int32(0), Int32(0)
+        if tile < total:
+            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
+        while tile < total:
+            # What the end of this tile and the beginning of the next one need is on its way meanwhile.
+            slot, factor = Int32(-1), Float32(1.0)
+            if tidx < width:
+                if cutlass.const_expr(not cfg.gated or cfg.weighted):
+                    slot = ptx.load_i32(row_slot + Int64(row + tidx) * 4)
+                if cutlass.const_expr(cfg.row_scale):
+                    factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
+            following = cutlass.min(tile + programs, total - 1)
+            next_row, next_width, next_expert = self.row_group(following, n_tiles, tile_expert, group_row)
+
+            at = tables + table * (cfg.tokens * 8)
+            narrower = 0
+            for w in cutlass.range_constexpr(len(widths)):
+                tokens = widths[w]
+                if width > narrower and (width <= tokens or cutlass.const_expr(w + 1 == len(widths))):
+                    if cutlass.const_expr(tokens <= MMA_TOKENS):
+                        result = cute.make_rmem_tensor((4,), Float32)
+                        stage, phase = self.multiply_narrow(base, full, empty, chunks, stage, phase, result)
+                    else:
+                        stage, phase = self.multiply(base, full, empty, chunks, stage, phase, acc, a, tokens)
+                        result = acc
+                    if cutlass.const_expr(not cfg.gated or cfg.weighted or cfg.row_scale):
+                        if tidx < width:
+                            ptx.shared_store_pair(at + tidx * 8, slot, factor)
+                        cute.arch.barrier(barrier_id=1, number_of_threads=128 * groups)
+                    rows = (tile % n_tiles) * groups + group
+                    self.write(
+                        result, tokens, narrower, row, width, rows, expert, at, gs, topk_weights, out, n_tiles, limit
+                    )
+                narrower = tokens
+            row, width, expert = next_row, next_width, next_expert
+            table ^= 1
+            tile += programs
+
+    @cute.jit
+    def multiply(self, base, full, empty, chunks, stage, phase, acc, a, tokens: cutlass.Constexpr):
+        """The main loop of a tile of up to ``tokens`` tokens: wgmma on 64 of K while the next are decoded."""
+        cfg = self.config
+        groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
+        tidx, _, _ = cute.arch.thread_idx()
+        group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
         weight_bytes = cfg.blocks * BLOCK_BYTES
-        weights_at = base.toint() + stages * token_bytes + group * weight_bytes
+        weights_at = base.toint() + stages * (cfg.blocks * cfg.tokens * 256) + group * weight_bytes
 
         mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16, BFloat16, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, tokens),
             warpgroup.OperandSource.RMEM,
         )  # fmt: skip
-        mma.set(warpgroup.Field.ACCUMULATE, True)
         thread_mma = mma.get_slice(thread)
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        layout = cute.tile_to_shape(atom, (tokens, 64, 2 * cfg.blocks * stages), order=(0, 1, 2))
-        shared = cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype=BFloat16), layout.outer)
+        swizzle = cute.tile_to_shape(atom, (tokens, 64), order=(0, 1)).inner
+        # Rows by eights, 64 of K, and those 64s one behind the other with the room of the most tokens.
+        layout = cute.make_layout(
+            ((8, tokens // 8), (64, 1), (1, 2 * cfg.blocks * stages)),
+            stride=((64, 512), (1, 0), (0, cfg.tokens * 64)),
+        )
+        shared = cute.make_tensor(cute.recast_ptr(base, swizzle, dtype=BFloat16), layout)
         b = thread_mma.make_fragment_B(thread_mma.partition_B(shared))
-        acc = cute.make_rmem_tensor(thread_mma.partition_shape_C((64, tokens)), Float32)
-        a = [cute.make_rmem_tensor(thread_mma.partition_shape_A((64, 64)), BFloat16) for _ in range(2)]
+        c = cute.make_tensor(acc.iterator, cute.make_layout(thread_mma.partition_shape_C((64, tokens))))
         fragments = [cute.recast_tensor(x, Uint32) for x in a]
 
-        cute.arch.griddepcontrol_wait()  # for the scales of rows
-        tile = program
-        stage = Int32(0)
-        phase = Int32(0)
-        while tile < total:
-            acc.fill(0.0)
-            before = Int32(-1)
-            for _ in cutlass.range(chunks, unroll=1):
-                cute.arch.mbarrier_wait(full + stage, phase)
-                weights = weights_at + stage * (groups * weight_bytes)
-                for block in cutlass.range_constexpr(cfg.blocks):
-                    at = weights + block * BLOCK_BYTES
-                    scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
-                    quads = [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
-                    for half in cutlass.range_constexpr(2):
-                        decode(quads[half], scales, half, fragments[half])
-                        warpgroup.fence()
-                        for k in cutlass.range_constexpr(4):
-                            cute.gemm(
-                                mma,
-                                acc,
-                                a[half][None, None, k],
-                                b[None, None, k, stage * (2 * cfg.blocks) + 2 * block + half],
-                                acc,
-                            )
-                        warpgroup.commit_group()
-                        warpgroup.wait_group(1)
-                        if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
-                            # Everything of the stage before is multiplied.
-                            if before >= 0 and lane == 0:
-                                cute.arch.mbarrier_arrive(empty + before)
-                before = stage
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase ^= 1
-            warpgroup.wait_group(0)
+        before = Int32(-1)
+        for _ in cutlass.range(chunks, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            weights = weights_at + stage * (groups * weight_bytes)
+            for block in cutlass.range_constexpr(cfg.blocks):
+                at = weights + block * BLOCK_BYTES
+                scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
+                quads = [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
+                for half in cutlass.range_constexpr(2):
+                    decode(quads[half], scales, half, fragments[half])
+                    warpgroup.fence()
+                    for k in cutlass.range_constexpr(4):
+                        if cutlass.const_expr(block == 0 and half == 0 and k == 0):
+                            mma.set(warpgroup.Field.ACCUMULATE, before >= 0)
+                        else:
+                            mma.set(warpgroup.Field.ACCUMULATE, True)
+                        cute.gemm(
+                            mma,
+                            c,
+                            a[half][None, None, k],
+                            b[None, None, k, stage * (2 * cfg.blocks) + 2 * block + half],
+                            c,
+                        )
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
+                        # Everything of the stage before is multiplied.
+                        if before >= 0 and lane == 0:
+                            cute.arch.mbarrier_arrive(empty + before)
+            before = stage
+            stage += 1
+            if stage == stages:
+                stage = Int32(0)
+                phase ^= 1
+        warpgroup.wait_group(0)
+        if lane == 0:
+            cute.arch.mbarrier_arrive(empty + before)
+        return stage, phase
+
+    @cute.jit
+    def multiply_narrow(self, base, full, empty, chunks, stage, phase, acc):
+        """The main loop of a tile of up to 8 tokens: ``mma``, whose fragments of weights are those of ``wgmma``."""
+        cfg = self.config
+        groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
+        tidx, _, _ = cute.arch.thread_idx()
+        group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
+        token_bytes = cfg.blocks * cfg.tokens * 256
+        weight_bytes = cfg.blocks * BLOCK_BYTES
+        weights_at = base.toint() + stages * token_bytes + group * weight_bytes
+        # A lane's row of the first four 16-byte chunks of a line; in the swizzle, the other four are 64 bytes across.
+        a = cute.make_rmem_tensor((16,), Uint32)
+        tokens_at = base.toint() + (lane % 8) * 128 + (((lane // 8) ^ (lane % 8)) * 16)
+
+        for i in cutlass.range_constexpr(4):
+            acc[i] = Float32(0.0)
+        for _ in cutlass.range(chunks, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            weights = weights_at + stage * (groups * weight_bytes)
+            lines = tokens_at + stage * token_bytes
+            for block in cutlass.range_constexpr(cfg.blocks):
+                at = weights + block * BLOCK_BYTES
+                scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
+                quads = [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
+                for half in cutlass.range_constexpr(2):
+                    line = lines + (2 * block + half) * (cfg.tokens * 128)
+                    tokens = [*ptx.load_matrices(line), *ptx.load_matrices(line ^ 64)]
+                    decode(quads[half], scales, half, a)
+                    for k in cutlass.range_constexpr(4):
+                        result = ptx.mma_16x8x16(
+                            [acc[i] for i in range(4)],
+                            [a[4 * k + i] for i in range(4)],
+                            [tokens[2 * k], tokens[2 * k + 1]],
+                        )
+                        for i in cutlass.range_constexpr(4):
+                            acc[i] = result[i]
+            cute.arch.sync_warp()
             if lane == 0:
-                cute.arch.mbarrier_arrive(empty + before)
-            row_tile = tile // n_tiles
-            rows = (tile - row_tile * n_tiles) * groups + group
-            expert = ptx.load_i32(tile_expert + Int64(row_tile) * 4)
-            if cutlass.const_expr(cfg.gated):
-                self.write_image(
-                    acc, row_tile, rows, expert, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit
-                )
-            else:
-                self.write_rows(acc, row_tile, rows, expert, gs, row_slot, row_scale, out, n_tiles)
-            tile += programs
+                cute.arch.mbarrier_arrive(empty + stage)
+            stage += 1
+            if stage == stages:
+                stage = Int32(0)
+                phase ^= 1
+        return stage, phase
 
     @cute.jit
-    def token_factor(self, factor, row_scale, row):
-        """What decoding left out, and the token's own scale."""
-        if cutlass.const_expr(self.config.row_scale):
-            factor = factor * ptx.load_f32(row_scale + Int64(row) * 4)
-        return factor
+    def write(
+        self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, gs,
+        topk_weights, out, n_tiles, limit,
+    ):  # fmt: skip
+        """The end of a tile: eight rows after the other."""
+        cfg = self.config
+        for n in cutlass.range_constexpr(tokens // 8):
+            values = [acc[4 * n + i] for i in range(4)]
+            if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:  # fewer rows than the next width takes: none
+                if cutlass.const_expr(cfg.gated):
+                    self.write_image(values, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit)
+                else:
+                    self.write_rows(values, n, rows, expert, table, gs, out, n_tiles)
 
     @cute.jit
-    def write_image(self, acc, row_tile, rows, expert, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit):
+    def write_image(self, acc, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit):
         """SwiGLU of gate (the thread's upper row) and up (its lower one), as the image of the next product."""
         cfg = self.config
-        tokens = cutlass.const_expr(cfg.tokens)
         tidx, _, _ = cute.arch.thread_idx()
         lane, warp = tidx % 32, (tidx // 32) % 4
-        gate_gs = ptx.load_f32(gs + Int64(expert) * 8)
-        up_gs = ptx.load_f32(gs + Int64(expert) * 8 + 4)
+        gate_gs = ptx.load_f32(gs + Int64(expert) * 8) * _UNSCALE
+        up_gs = ptx.load_f32(gs + Int64(expert) * 8 + 4) * _UNSCALE
         chunk = 2 * warp + rows % 2
         depth = n_tiles * cfg.warpgroups // 2  # 64s of the result
-        block = out + Int64(row_tile * depth + rows // 2) * (tokens * 128)
-        for n in cutlass.range_constexpr(tokens // 8):
-            values = []
-            for j in cutlass.range_constexpr(2):
-                row = row_tile * tokens + n * 8 + 2 * (lane % 4) + j
-                factor = self.token_factor(Float32(_UNSCALE), row_scale, row)
-                gate = acc[4 * n + j] * factor * gate_gs
-                up = acc[4 * n + 2 + j] * factor * up_gs
-                value = swiglu(gate, up, limit if cfg.limited else None)
-                if cutlass.const_expr(cfg.weighted):
-                    slot = ptx.load_i32(row_slot + Int64(row) * 4)
-                    weight = Float32(0.0)
-                    if slot >= 0:
-                        weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
-                    value = value * weight
-                values.append(value)
-            word = ptx.transpose_8x8(ptx.pack_bf16x2(values[0], values[1]))
-            row = n * 8 + lane // 4
-            ptx.store_b32(block + Int64(row * 128 + ((chunk ^ (row % 8)) * 16) + (lane % 4) * 4), word)
+        block = out + Int64(row) * Int64(depth * 128) + Int64(rows // 2) * Int64(width * 128)
+        values = []
+        for j in cutlass.range_constexpr(2):
+            gate, up = acc[j] * gate_gs, acc[2 + j] * up_gs
+            slot = Int32(-1)
+            if cutlass.const_expr(cfg.row_scale or cfg.weighted):
+                slot, factor = ptx.shared_pair(table + (n * 8 + 2 * (lane % 4) + j) * 8)
+                gate, up = gate * factor, up * factor
+            value = swiglu(gate, up, limit if cfg.limited else None)
+            if cutlass.const_expr(cfg.weighted):
+                weight = Float32(0.0)
+                if slot >= 0:
+                    weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
+                value = value * weight
+            values.append(value)
+        word = ptx.transpose_8x8(ptx.pack_bf16x2(values[0], values[1]))
+        at = n * 8 + lane // 4
+        ptx.store_b32(block + Int64(at * 128 + ((chunk ^ (at % 8)) * 16) + (lane % 4) * 4), word)
 
     @cute.jit
-    def write_rows(self, acc, row_tile, rows, expert, gs, row_slot, row_scale, out, n_tiles):
+    def write_rows(self, acc, n, rows, expert, table, gs, out, n_tiles):
         """Results at their slots, ``[S, N]``."""
         cfg = self.config
-        tokens = cutlass.const_expr(cfg.tokens)
         tidx, _, _ = cute.arch.thread_idx()
         lane, warp = tidx % 32, (tidx // 32) % 4
-        width = n_tiles * (cfg.warpgroups * 64)
+        columns = n_tiles * (cfg.warpgroups * 64)
         column = rows * 64 + warp * 16
         expert_gs = ptx.load_f32(gs + Int64(expert) * 4) * _UNSCALE
-        for n in cutlass.range_constexpr(tokens // 8):
-            if cutlass.const_expr(cfg.wide_out):
-                for j in cutlass.range_constexpr(2):
-                    row = row_tile * tokens + n * 8 + 2 * (lane % 4) + j
-                    slot = ptx.load_i32(row_slot + Int64(row) * 4)
-                    if slot >= 0:
-                        factor = self.token_factor(expert_gs, row_scale, row)
-                        at = out + (Int64(slot) * Int64(width) + Int64(column + lane // 4)) * 4
-                        ptx.store_f32(at, acc[4 * n + j] * factor)
-                        ptx.store_f32(at + 32, acc[4 * n + 2 + j] * factor)
-            else:
-                row = row_tile * tokens + n * 8 + 2 * (lane % 4)
-                first = self.token_factor(expert_gs, row_scale, row)
-                second = self.token_factor(expert_gs, row_scale, row + 1)
-                upper = ptx.transpose_8x8(ptx.pack_bf16x2(acc[4 * n] * first, acc[4 * n + 1] * second))
-                lower = ptx.transpose_8x8(ptx.pack_bf16x2(acc[4 * n + 2] * first, acc[4 * n + 3] * second))
-                slot = ptx.load_i32(row_slot + Int64(row_tile * tokens + n * 8 + lane // 4) * 4)
+        odd = lane % 2 == 1
+        pair = table + (n * 8 + 2 * (lane % 4)) * 8
+        first_slot, first = ptx.shared_pair(pair)
+        second_slot, second = ptx.shared_pair(pair + 8)
+        first, second = first * expert_gs, second * expert_gs
+        if cutlass.const_expr(cfg.wide_out):
+            for j in cutlass.range_constexpr(2):
+                slot, factor = (first_slot, first) if j == 0 else (second_slot, second)
                 if slot >= 0:
-                    at = out + (Int64(slot) * Int64(width) + Int64(column + 2 * (lane % 4))) * 2
-                    ptx.store_b32(at, upper)
-                    ptx.store_b32(at + 16, lower)
+                    at = out + (Int64(slot) * Int64(columns) + Int64(column + lane // 4)) * 4
+                    ptx.store_f32(at, acc[j] * factor)
+                    ptx.store_f32(at + 32, acc[2 + j] * factor)
+        else:
+            upper = ptx.transpose_8x8(ptx.pack_bf16x2(acc[0] * first, acc[1] * second))
+            lower = ptx.transpose_8x8(ptx.pack_bf16x2(acc[2] * first, acc[3] * second))
+            # A lane has two of the upper eight columns and two of the lower. Neighbours trade, so that each has four of
+            # one eight: a row's sixteen columns are written by one instruction, a whole sector.
+            theirs = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, upper, lower), offset=1)
+            low = cutlass.select_(odd, theirs, upper)
+            high = cutlass.select_(odd, lower, theirs)
+            slot, _ = ptx.shared_pair(table + (n * 8 + lane // 4) * 8)
+            if slot >= 0:
+                at = column + 8 * (lane % 2) + 4 * (lane % 4 // 2)
+                ptx.store_b64(out + (Int64(slot) * Int64(columns) + Int64(at)) * 2, low, high)
 
 
 def compile_kernel(config: HopperConfig) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
     with TemporaryDirectory() as folder:
         compiled = cute.compile(
-            GroupedGemm(config), *[Int64(0)] * 10, Int32(0), Int32(0), Float32(0), Int32(1),
+            GroupedGemm(config), *[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int32(1),
             options=f"--gpu-arch sm_90a --keep-ptx --keep-cubin --dump-dir {folder}",
         )  # fmt: skip
         entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))

@@ -15,6 +15,7 @@ from dsv4.kernels.hopper.cache import load
 from dsv4.kernels.hopper.config import HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
+from dsv4.kernels.triton.routing import RowGroups
 
 _MAX_SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -80,20 +81,63 @@ class Kernel:
         self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
 
-GEMM_SIGNATURE = (ctypes.c_int64,) * 10 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float)
+GEMM_SIGNATURE = (ctypes.c_int64,) * 11 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float)
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
-def _require(fits: bool, name: str, found: Any, expected: str) -> None:
-    if not fits:
-        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
-        raise InputError(f"{name}: found {what}, expected {expected}")
+def _unfit(name: str, found: Any, expected: str) -> InputError:
+    what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+    return InputError(f"{name}: found {what}, expected {expected}")
 
 
-def _operand(name: str, tensor: Tensor | None, dtype: torch.dtype, size: int) -> None:
-    """What a kernel addresses as one run of elements, of which it may touch ``size``."""
-    fits = tensor is not None and tensor.dtype == dtype and tensor.is_contiguous() and tensor.numel() >= size
-    _require(fits, name, tensor, f"{dtype}, contiguous, at least {size} elements")
+def _check_operands(
+    config: HopperConfig,
+    image: Tensor,
+    row_scale: Tensor | None,
+    experts: Tensor,
+    offset: int,
+    gs: Tensor,
+    tiles: TileMap,
+    groups: RowGroups,
+    out: Tensor,
+    rows: int,
+    k: int,
+    topk_weights: Tensor | None,
+) -> None:
+    """A kernel believes every address and size; words are found only where something is wrong."""
+    if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
+        raise InputError(
+            f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
+            "choose another configuration"
+        )
+    if config.gated and rows % 128:
+        raise _unfit("rows", rows, "a multiple of 128 for a gated product")
+    if experts.dtype != torch.uint8 or experts.stride(1) != 1 or experts.stride(0) % 16 or offset % 16:
+        raise _unfit("experts", experts, "uint8 rows, a matrix at every 16th byte")
+    if offset + matrix_bytes(rows, k) > experts.shape[1]:
+        raise _unfit("experts", experts, f"a {rows} x {k} matrix from byte {offset} on")
+    if not config.gated and (out.dim() != 2 or out.shape[1] != rows):
+        raise _unfit("out", out, f"[S, {rows}]")
+    if groups.rows != config.tokens:
+        raise _unfit("groups", f"row groups of up to {groups.rows} rows", str(config.tokens))
+    image_rows, num_experts = tiles.tile_expert.shape[0] * config.unit, experts.shape[0]
+    # And the least number of elements that is touched, where that is known here.
+    operands: list[tuple[str, Tensor | None, torch.dtype, int]] = [
+        ("image", image, torch.bfloat16, image_rows * k),
+        ("gs", gs, torch.float32, num_experts * (1 + config.gated)),
+        ("row_slot", tiles.row_slot, torch.int32, image_rows),
+        ("tile_expert", tiles.tile_expert, torch.int32, 0),
+        ("group_row", groups.group_row, torch.int32, 2),
+        ("num_groups", groups.num_groups, torch.int32, 1),
+        ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
+    ]
+    if config.row_scale:
+        operands.append(("row_scale", row_scale, torch.float32, image_rows))
+    if config.weighted:
+        operands.append(("topk_weights", topk_weights, torch.float32, 0))
+    for name, tensor, dtype, size in operands:
+        if tensor is None or tensor.dtype != dtype or tensor.numel() < size or not tensor.is_contiguous():
+            raise _unfit(name, tensor, f"{dtype}, contiguous, at least {size} elements")
 
 
 @cache
@@ -113,6 +157,7 @@ def grouped_gemm(
     offset: int,
     gs: Tensor,
     tiles: TileMap,
+    groups: RowGroups,
     out: Tensor,
     *,
     rows: int,
@@ -122,7 +167,7 @@ def grouped_gemm(
     topk_weights: Tensor | None = None,
     dependent: bool = False,
 ) -> None:
-    """Multiply every row tile with its expert's matrix.
+    """Multiply every row group with its expert's matrix.
 
     Args:
         config: which kernel; its flags say which of the optional operands are read.
@@ -131,44 +176,23 @@ def grouped_gemm(
         experts: uint8 ``[E, bytes]``.
         offset: first byte of the matrix.
         gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
-        tiles: the schedule, with row tiles of ``config.tokens``.
+        tiles: rows and their experts, with row tiles of ``config.unit``.
+        groups: the schedule, with groups of up to ``config.tokens`` rows.
         out: the next image, or ``[S, rows]``.
         rows: of the matrix, a multiple of ``64 * config.warpgroups``.
         k: a multiple of ``128 * config.blocks``.
         multiprocessors: of the device.
         limit: of SwiGLU.
         topk_weights: fp32, by slot.
-        dependent: start before the launch before it has ended; it must be a kernel that did not write the tile map.
+        dependent: start before the launch before it has ended; it must be a kernel that wrote neither ``tiles`` nor
+            ``groups``.
 
     Raises:
         InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
     """
-    if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
-        raise InputError(
-            f"a {rows} x {k} matrix is not whole tiles of {64 * config.warpgroups} x {128 * config.blocks}: "
-            "choose another configuration"
-        )
-    image_rows, e = tiles.tile_expert.shape[0] * config.tokens, experts.shape[0]
-    _require(rows % 128 == 0 or not config.gated, "rows", rows, "a multiple of 128 for a gated product")
-    _require(experts.dtype == torch.uint8 and experts.stride(-1) == 1, "experts", experts, "uint8 rows")
-    _require(experts.stride(0) % 16 == offset % 16 == 0, "experts", experts, "matrices that begin at 16 bytes")
-    _require(offset + matrix_bytes(rows, k) <= experts.shape[1], "experts", experts, f"a {rows} x {k} matrix")
-    _operand("image", image, torch.bfloat16, image_rows * k)
-    _operand("gs", gs, torch.float32, 2 * e if config.gated else e)
-    _operand("row_slot", tiles.row_slot, torch.int32, image_rows)
-    _operand("tile_expert", tiles.tile_expert, torch.int32, 0)
-    _operand("num_tiles", tiles.num_tiles, torch.int32, 1)
-    if config.row_scale:
-        _operand("row_scale", row_scale, torch.float32, image_rows)
-    if config.weighted:
-        _operand("topk_weights", topk_weights, torch.float32, 0)
-    if config.gated:
-        _operand("out", out, torch.bfloat16, image_rows * rows // 2)
-    else:
-        _operand("out", out, torch.float32 if config.wide_out else torch.bfloat16, 0)
-        _require(out.dim() == 2 and out.shape[1] == rows, "out", out, f"[S, {rows}]")
+    _check_operands(config, image, row_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights)
     n_tiles = rows // (64 * config.warpgroups)
-    grid = min(multiprocessors * config.programs_per_sm, tiles.tile_expert.shape[0] * n_tiles)
+    grid = min(multiprocessors * config.programs_per_sm, (groups.group_row.shape[0] - 1) * n_tiles)
     gemm_kernel(config, image.device.index or 0)(
         grid,
         torch.cuda.current_stream(image.device).cuda_stream,
@@ -177,7 +201,8 @@ def grouped_gemm(
         gs.data_ptr(),
         tiles.row_slot.data_ptr(),
         tiles.tile_expert.data_ptr(),
-        tiles.num_tiles.data_ptr(),
+        groups.group_row.data_ptr(),
+        groups.num_groups.data_ptr(),
         row_scale.data_ptr() if row_scale is not None else 0,
         topk_weights.data_ptr() if topk_weights is not None else 0,
         out.data_ptr(),

@@ -1,4 +1,8 @@
-"""Rows to images, and images quantized in place, in Triton: the operands of :mod:`dsv4.kernels.hopper.grouped_gemm`."""
+"""Rows to images, and images quantized in place, in Triton: the operands of :mod:`dsv4.kernels.hopper.grouped_gemm`.
+
+A row group's image is ``[K/64][rows][64]`` bf16 and begins at its first row times K; rows that no slot fills keep what
+they hold, since a row of the product depends on its own row alone.
+"""
 
 from __future__ import annotations
 
@@ -8,118 +12,191 @@ from torch import Tensor
 
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
+from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
 
 
 @triton.jit
-def _gather_image(
-    x, x_scale, row_slot, num_tiles, out, row_scale, K,
-    HAS_SCALE: tl.constexpr, SLOTS_PER_ROW: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Copy rows, two values at a time: the 32 pairs of a 128-byte line are one warp's."""
-    row = tl.program_id(0)
-    if row >= tl.load(num_tiles) * P:
-        return
-    slot = tl.load(row_slot + row)
-    pair = tl.arange(0, PAIRS)
-    block, place = pair // 32, pair % 32
-    chunk = (place // 4) ^ (row % 8)  # which chunk stands here, before the swizzle
-    source = block * 32 + (place % 4) * 8 + chunk
-    token = slot // SLOTS_PER_ROW
-    inside = pair < K // 2
-    # Padding is zeros: nothing of it is kept, and zeros take the least power to multiply.
-    x_pairs = x.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * (K // 2)
-    value = tl.load(x_pairs + source, mask=inside & (slot >= 0), other=0)
-    at = ((row // P).to(tl.int64) * (K // 64) + block) * (P * 32) + (row % P) * 32 + place
-    tl.store(out.to(tl.pointer_type(tl.int32)) + at, value, mask=inside)
-    if HAS_SCALE:
-        tl.store(row_scale + row, tl.load(x_scale + token, mask=slot >= 0, other=0.0))
+def _places(row, tile_group, group_row, K, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
+    """Pairs of values of a row, ``[BLOCKS, chunk, lane]``: where they stand in its image.
 
-
-@triton.jit
-def _line_offset(row, K, P: tl.constexpr, BLOCKS: tl.constexpr):
-    """Elements of a row as they stand: ``[BLOCKS, chunk, lane, 2]``, a scale group being one lane's of a block.
-
-    The swizzle only trades chunks within a block, so that a maximum over a group needs no other order.
+    The 16-byte chunks of a 128-byte line are swizzled as wgmma reads them.
     """
-    block = tl.arange(0, BLOCKS)[:, None, None, None]
-    chunk = tl.arange(0, 8)[None, :, None, None]
-    lane = tl.arange(0, 4)[None, None, :, None]
-    last = tl.arange(0, 2)[None, None, None, :]
-    line = ((row // P).to(tl.int64) * (K // 64) + block) * (P * 64) + (row % P) * 64
-    return line + chunk * 8 + lane * 2 + last, block < K // 64
+    group = tl.load(tile_group + row // UNIT)
+    start = tl.load(group_row + group)
+    width = tl.load(group_row + group + 1) - start
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    chunk = tl.arange(0, 8)[None, :, None]
+    lane = tl.arange(0, 4)[None, None, :]
+    inside = row - start
+    line = start.to(tl.int64) * (K // 2) + (block * width + inside) * 32
+    return line + (chunk ^ (inside % 8)) * 4 + lane
 
 
 @triton.jit
-def _group_amax(value):
-    """``[BLOCKS, 4]``."""
-    return largest_magnitude(largest_magnitude(value, 3), 1)
+def _split(pairs):
+    """Two bf16 a word -> two fp32."""
+    low = (pairs << 16).to(tl.float32, bitcast=True)
+    high = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _join(low, high):
+    """Two fp32 that bf16 holds -> a word."""
+    return (low.to(tl.uint32, bitcast=True) >> 16) | (high.to(tl.uint32, bitcast=True) & 0xFFFF0000)
+
+
+@triton.jit
+def _group_amax(low, high):
+    """Of scale groups, ``[BLOCKS, 1, 4]``: a lane's sixteen values of a block."""
+    both = tl.join(low, high)
+    return largest_magnitude(largest_magnitude(both, 3), 1)[:, None, :]
 
 
 @triton.jit
 def _finite_amax(amax):
     """Of all groups, 0 if one holds a NaN or Inf."""
-    row_amax = largest_magnitude(largest_magnitude(amax, 1), 0)
+    row_amax = largest_magnitude(largest_magnitude(largest_magnitude(amax, 2), 1), 0)
     return tl.where(row_amax < float("inf"), row_amax, 0.0)
 
 
 @triton.jit
+def _quantized(low, high, amax, gs):
+    """``e2m1 * sf`` of a row's pairs under a global scale."""
+    divisor, reciprocal, factor = block_scales(amax, gs)
+    low = quantize_values(low, divisor, reciprocal, factor).to(tl.bfloat16).to(tl.float32)
+    high = quantize_values(high, divisor, reciprocal, factor).to(tl.bfloat16).to(tl.float32)
+    return _join(low, high)
+
+
+@triton.jit
+def _scatter_rows(
+    x,  # bf16 [T, K]
+    weights,  # f32 [T]
+    scale,  # f32, by SOURCE
+    slot_row, tile_group, group_row,
+    local_ids,  # i32 [S]
+    image,  # bf16
+    row_scale,  # f32 [R]
+    K,
+    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    chunk = tl.arange(0, 8)[None, :, None]
+    lane = tl.arange(0, 4)[None, None, :]
+    here = block * 64 < K
+    # A lane's sixteen values of 64 stand together in a row, and are dealt to the chunks two by two.
+    source = token.to(tl.int64) * (K // 2) + block * 32 + lane * 8 + chunk
+    pairs = tl.load(x.to(tl.pointer_type(tl.uint32)) + source, mask=here & (lane >= 0) & (chunk >= 0), other=0)
+    if SOURCE != 0 or HAS_WEIGHT:
+        low, high = _split(pairs)
+        if HAS_WEIGHT:
+            weight = tl.load(weights + token)
+            low, high = (low * weight).to(tl.bfloat16).to(tl.float32), (high * weight).to(tl.bfloat16).to(tl.float32)
+            pairs = _join(low, high)
+    if SOURCE != 0:
+        amax = _group_amax(low, high)
+        if SOURCE == 1:
+            gs = global_scale(_finite_amax(amax))
+        elif SOURCE == 2:
+            gs = tl.load(scale)
+        elif SOURCE == 3:
+            gs = global_scale(tl.load(scale))
+        if SOURCE != 4:
+            pairs = _quantized(low, high, amax, gs)
+    out = image.to(tl.pointer_type(tl.uint32))
+    for j in tl.static_range(TOP_K):
+        slot = token * TOP_K + j
+        row = tl.load(slot_row + slot)
+        if row >= 0:
+            if SOURCE == 4:
+                gs = tl.load(scale + tl.load(local_ids + slot))
+                pairs = _quantized(low, high, amax, gs)
+            tl.store(out + _places(row, tile_group, group_row, K, UNIT, BLOCKS), pairs, mask=here)
+            if SOURCE != 0:
+                tl.store(row_scale + row, gs)
+
+
+@triton.jit
+def _load_row(image, row, tile_group, group_row, K, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
+    at = image.to(tl.pointer_type(tl.uint32)) + _places(row, tile_group, group_row, K, UNIT, BLOCKS)
+    here = (tl.arange(0, BLOCKS) * 64 < K)[:, None, None]
+    low, high = _split(tl.load(at, mask=here, other=0))
+    return at, here, low, high
+
+
+@triton.jit
 def _quantize_image(
-    image, scale, row_slot, tile_expert, row_scale, K, SOURCE: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr
-):
+    image, scale, row_slot, tile_expert, tile_group, group_row, row_scale, K,
+    SOURCE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(row_slot + row) < 0:
         return
-    at, inside = _line_offset(row, K, P, BLOCKS)
-    value = tl.load(image + at, mask=inside, other=0.0).to(tl.float32)
-    amax = _group_amax(value)
+    at, here, low, high = _load_row(image, row, tile_group, group_row, K, UNIT, BLOCKS)
+    amax = _group_amax(low, high)
     if SOURCE == 1:
         gs = global_scale(_finite_amax(amax))
     elif SOURCE == 3:
         gs = global_scale(tl.load(scale))
     else:
-        gs = tl.load(scale + tl.load(tile_expert + row // P))
-    divisor, reciprocal, factor = block_scales(amax, gs)
-    value = quantize_values(value, divisor[:, None, :, None], reciprocal[:, None, :, None], factor[:, None, :, None])
-    tl.store(image + at, value.to(tl.bfloat16), mask=inside)
+        gs = tl.load(scale + tl.load(tile_expert + row // UNIT))
+    tl.store(at, _quantized(low, high, amax, gs), mask=here)
     tl.store(row_scale + row, gs)
 
 
 @triton.jit
-def _image_amax(image, row_slot, amax, K, P: tl.constexpr, BLOCKS: tl.constexpr):
+def _image_amax(
+    image, row_slot, tile_group, group_row, amax, K,
+    OF_BATCH: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
-    if tl.load(row_slot + row) >= 0:
-        at, inside = _line_offset(row, K, P, BLOCKS)
-        value = tl.load(image + at, mask=inside, other=0.0).to(tl.float32)
-        tl.atomic_max(amax, _finite_amax(_group_amax(value)))
+    slot = tl.load(row_slot + row)
+    if slot >= 0:
+        _, _, low, high = _load_row(image, row, tile_group, group_row, K, UNIT, BLOCKS)
+        row_amax = _finite_amax(_group_amax(low, high))
+        if OF_BATCH:
+            tl.atomic_max(amax, row_amax)
+        else:
+            tl.store(amax + slot, row_amax)
 
 
-def gather_image(
+def scatter_rows(
     x: Tensor,
-    x_scale: Tensor | None,
     image: Tensor,
     row_scale: Tensor,
-    tiles: TileMap,
-    row_tile: int,
-    slots_per_row: int,
+    groups: RowGroups,
+    local_ids: Tensor,
+    unit: int,
+    top_k: int,
+    *,
+    source: ScaleSource,
+    scale: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    """One row of ``image`` for each of the tile map; padding is zero.
+    """Each token to the rows of its slots, quantized once on the way where ``source`` says so.
 
     Args:
-        x: bf16 ``[.., K]``, contiguous; slot s reads row ``s // slots_per_row``.
-        x_scale: fp32, one for each row of x, or None.
+        x: bf16 ``[T, K]``, contiguous.
         image: bf16, ``R * K`` values.
-        row_scale: fp32 ``[R]``: receives the row's ``x_scale``, if given.
-        tiles: the tile map, R rows.
-        row_tile: rows of a tile.
-        slots_per_row: see ``x``.
+        row_scale: fp32 ``[R]``: receives each row's global scale, if quantized.
+        groups: where rows stand.
+        local_ids: int32 ``[S]``, read for EXPERT.
+        unit: rows of a row tile.
+        top_k: slots of a token.
+        source: of the global scale; EXPERT quantizes a token once for each of its slots.
+        scale: what ``source`` reads.
+        weights: fp32 ``[T]``, multiplied in before anything else, or None.
     """
-    k = x.shape[1]
-    pairs = triton.next_power_of_2(k // 2)
-    _gather_image[(tiles.row_slot.shape[0],)](
-        x, x_scale if x_scale is not None else row_scale, tiles.row_slot, tiles.num_tiles, image, row_scale, k,
-        HAS_SCALE=x_scale is not None, SLOTS_PER_ROW=slots_per_row, P=row_tile, PAIRS=pairs,
-        num_warps=min(8, max(1, pairs // 256)),
+    tokens, k = x.shape
+    blocks = triton.next_power_of_2(k // 64)
+    _scatter_rows[(tokens,)](
+        x, weights if weights is not None else row_scale, scale if scale is not None else row_scale,
+        groups.slot_row, groups.tile_group, groups.group_row, local_ids, image, row_scale, k,
+        SOURCE=int(source), HAS_WEIGHT=weights is not None, TOP_K=top_k, UNIT=unit, BLOCKS=blocks,
+        num_warps=max(1, min(8, blocks // 8)),
     )  # fmt: skip
 
 
@@ -127,7 +204,8 @@ def quantize_image(
     image: Tensor,
     row_scale: Tensor,
     tiles: TileMap,
-    row_tile: int,
+    groups: RowGroups,
+    unit: int,
     k: int,
     source: ScaleSource,
     scale: Tensor | None,
@@ -138,21 +216,27 @@ def quantize_image(
         image: bf16, ``R * K`` values.
         row_scale: fp32 ``[R]``, written.
         tiles: the tile map, R rows.
-        row_tile: rows of a tile.
+        groups: where rows stand.
+        unit: rows of a row tile.
         k: K, a multiple of 64.
         source: of the global scale: ROW, BATCH or EXPERT.
         scale: what ``source`` reads.
     """
     blocks = triton.next_power_of_2(k // 64)
     _quantize_image[(tiles.row_slot.shape[0],)](
-        image, scale if scale is not None else row_scale, tiles.row_slot, tiles.tile_expert, row_scale, k,
-        SOURCE=int(source), P=row_tile, BLOCKS=blocks, num_warps=max(1, min(8, blocks // 8)),
+        image, scale if scale is not None else row_scale, tiles.row_slot, tiles.tile_expert, groups.tile_group,
+        groups.group_row, row_scale, k, SOURCE=int(source), UNIT=unit, BLOCKS=blocks,
+        num_warps=max(1, min(8, blocks // 8)),
     )  # fmt: skip
 
 
-def image_amax(image: Tensor, tiles: TileMap, row_tile: int, k: int, amax: Tensor) -> None:
-    """Raise ``amax [1]`` to the largest magnitude of the image's rows; those with a NaN or Inf are left out."""
+def image_amax(
+    image: Tensor, tiles: TileMap, groups: RowGroups, unit: int, k: int, amax: Tensor, *, of_batch: bool
+) -> None:
+    """Largest magnitudes of an image's rows, 0 for those with a NaN or Inf: ``amax [1]`` is raised to that of all of
+    them, or without ``of_batch`` ``amax [S]`` receives those of the slots that have a row."""
     blocks = triton.next_power_of_2(k // 64)
     _image_amax[(tiles.row_slot.shape[0],)](
-        image, tiles.row_slot, amax, k, P=row_tile, BLOCKS=blocks, num_warps=max(1, min(8, blocks // 8))
-    )
+        image, tiles.row_slot, groups.tile_group, groups.group_row, amax, k, OF_BATCH=of_batch, UNIT=unit,
+        BLOCKS=blocks, num_warps=max(1, min(8, blocks // 8)),
+    )  # fmt: skip

@@ -81,6 +81,10 @@ def _place(
     row_slot,  # i32 [num_rows]
     tile_expert,  # i32 [num_row_tiles]
     num_tiles,  # i32 [1]
+    slot_row,  # i32 [S]; this and the next three if GROUP
+    tile_group,  # i32 [num_row_tiles]
+    group_row,  # i32 [groups + 1]
+    num_groups,  # i32 [1]
     S,
     E,
     START,
@@ -97,6 +101,7 @@ def _place(
     BLOCK: tl.constexpr,  # slots, or with HAS_HIST chunks, counted at a time
     OWN: tl.constexpr,  # experts whose padding a program writes
     P: tl.constexpr,
+    GROUP: tl.constexpr,  # most tiles of a row group, 0 for no groups
 ):
     chunk = tl.program_id(0)
     begin = chunk * CHUNK
@@ -141,6 +146,23 @@ def _place(
     tl.store(row_slot + row, mine, mask=served)
     tl.store(tile_expert + row // P, own_local, mask=served & (row % P == 0))  # each tile has one first row
 
+    if GROUP:
+        # As few groups as hold an expert's tiles, and those of one size, but the last.
+        groups = (tiles + GROUP - 1) // GROUP
+        group_rows = (tiles + groups - 1) // tl.maximum(groups, 1) * P
+        group_end = tl.cumsum(groups, 0)
+        index = tl.where(served, own_local, 0)
+        inside = row - tl.gather(row_start, index, 0)
+        size = tl.maximum(tl.gather(group_rows, index, 0), 1)
+        group = tl.gather(group_end - groups, index, 0) + inside // size
+        tl.store(slot_row + mine, tl.where(served, row, -1), mask=mine < S)
+        tl.store(tile_group + row // P, group, mask=served & (row % P == 0))
+        tl.store(group_row + group, row, mask=served & (inside % size == 0))
+        if chunk == 0:
+            used_groups = tl.sum(groups, 0)
+            tl.store(num_groups, used_groups)
+            tl.store(group_row + used_groups, used_tiles * P)
+
     # Padding at the end of each expert's last tile.
     own = chunk * OWN + tl.arange(0, OWN)
     expert = tl.where(own < BINS, own, 0)
@@ -162,6 +184,25 @@ def _place(
 
 
 @dataclass(frozen=True)
+class RowGroups:
+    """The tiles of an expert put together, up to a number of rows: what a GEMM multiplies at a time.
+
+    Attributes:
+        rows: the most rows of a group, a multiple of the row tile.
+        slot_row: int32 ``[S]``, row of each slot, -1 where dropped.
+        tile_group: int32 ``[R / P]``, group of each row tile, valid up to ``num_tiles``.
+        group_row: int32 ``[groups + 1]``, first row of each group and, after the last, the number of rows.
+        num_groups: int32 ``[1]``.
+    """
+
+    rows: int
+    slot_row: Tensor
+    tile_group: Tensor
+    group_row: Tensor
+    num_groups: Tensor
+
+
+@dataclass(frozen=True)
 class RoutingBuffers:
     """Tables of one call, int32; sizes are the capacity bound for T tokens and row tile P.
 
@@ -170,12 +211,14 @@ class RoutingBuffers:
         tiles: the schedule.
         hist: ``[chunks, bins]`` scratch.
         amax: fp32 ``[2]``, set to zero here for the stages that take a maximum over the batch.
+        groups: filled if given.
     """
 
     local_ids: Tensor
     tiles: TileMap
     hist: Tensor
     amax: Tensor
+    groups: RowGroups | None = None
 
 
 @dataclass(frozen=True)
@@ -258,10 +301,11 @@ def route(
     }
     if config.count_first:
         _count[(chunks,)](*source, *sizes, **flags, num_warps=4)
-    tiles = buffers.tiles
+    tiles, groups = buffers.tiles, buffers.groups
+    grouped = (groups.slot_row, groups.tile_group, groups.group_row, groups.num_groups) if groups else (unused,) * 4
     _place[(chunks,)](
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
-        *sizes, rows, rows // row_tile, chunks,
+        *grouped, *sizes, rows, rows // row_tile, chunks,
         **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
-        P=row_tile, num_warps=config.num_warps,
+        P=row_tile, GROUP=groups.rows // row_tile if groups else 0, num_warps=config.num_warps,
     )  # fmt: skip
