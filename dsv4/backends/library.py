@@ -90,7 +90,7 @@ class LibraryBackend(BlackwellBackend):
 
 def multiply(operands: Operands) -> Tensor:
     """``A @ B`` without global scales, bf16 ``[rows, N]``, by the library."""
-    from torch.nn.functional import ScalingType, SwizzleType, scaled_grouped_mm
+    from torch.nn.functional import ScalingType, SwizzleType, scaled_grouped_mm  # type: ignore[attr-defined]
 
     o = operands
     fp4, e4m3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn

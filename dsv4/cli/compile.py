@@ -71,7 +71,9 @@ def _hopper(layer: LayerShape, arch: str) -> _Work:
 
     configs = [*proof.configurations(), *(_config(layer, activation_format=form) for form in ("bf16", "nvfp4"))]
     needed = {kernel for config in configs for kernel in kernels(config)}
-    missing = [partial(cache.load, kernel) for kernel in needed if cache.lookup(kernel) is None]
+    missing: list[Callable[[], Any]] = [
+        partial(cache.load, kernel) for kernel in needed if cache.lookup(kernel) is None
+    ]
     return cache.folder(), len(needed), missing
 
 
@@ -82,5 +84,7 @@ def _blackwell(layer: LayerShape, arch: str) -> _Work:
 
     configs = [*proof.configurations(), *(_config(layer, activation_scale=scale) for scale in ("static", "token"))]
     needed = {kernel for config in configs if declines(config) is None for kernel in kernels(config)}
-    missing = [partial(CACHE.load, kernel, arch) for kernel in needed if CACHE.lookup(kernel, arch) is None]
+    missing: list[Callable[[], Any]] = [
+        partial(CACHE.load, kernel, arch) for kernel in needed if CACHE.lookup(kernel, arch) is None
+    ]
     return CACHE.folder(), len(needed), missing
