@@ -25,6 +25,13 @@ def _lesser(a, b):
     return Float32(cutlass.select_(Float32(a) < Float32(b), Float32(a), Float32(b)))
 
 
+def _of_nan(a, b, first):
+    """``a`` or ``b``; a NaN in either is the result."""
+    a, b = Float32(a), Float32(b)
+    chosen = Float32(cutlass.select_(first, a, b))
+    return Float32(cutlass.select_((a == a) & (b == b), chosen, a + b))
+
+
 def _e4m3_byte(value):
     """By integers: from 2^-6 on a step is one of the bits that are kept, ties to even; below it is 2^-9."""
     value = _lesser(value, 448.0)
@@ -47,6 +54,10 @@ def host_arithmetic() -> Iterator[None]:
         mock.patch.object(ptx, "divide", lambda a, b: Float32(a) / Float32(b)),
         mock.patch.object(ptx, "fused", lambda a, b, c: Float32(Float64(a) * Float64(b) + Float64(c))),
         mock.patch.object(ptx, "lesser", _lesser),
+        mock.patch.object(ptx, "minimum", lambda a, b: _of_nan(a, b, Float32(a) < Float32(b))),
+        mock.patch.object(ptx, "maximum", lambda a, b: _of_nan(a, b, Float32(a) > Float32(b))),
+        mock.patch.object(ptx, "reciprocal", lambda a: Float32(1.0) / Float32(a)),
+        mock.patch.object(ptx, "exponential2", lambda a: cute.math.exp2(Float32(a))),
         mock.patch.object(ptx, "e4m3_byte", _e4m3_byte),
         mock.patch.object(ptx, "e4m3_value", _e4m3_value),
     ):
@@ -66,6 +77,22 @@ def requantize(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     with host_arithmetic():
         _requantize(from_dlpack(x), from_dlpack(gs), from_dlpack(words), from_dlpack(scales), len(x))
     return words.view(torch.uint8), scales.to(torch.uint8)
+
+
+@cute.jit
+def _swiglu(
+    gate: cute.Tensor, up: cute.Tensor, out: cute.Tensor, limit: Float32, limited: cutlass.Constexpr, count: Int32
+):
+    for i in cutlass.range(count):
+        out[i] = epilogue.swiglu(gate[i], up[i], limit if limited else None)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """fp32 ``[B]``."""
+    out = torch.zeros_like(gate)
+    with host_arithmetic():
+        _swiglu(*(from_dlpack(t) for t in (gate, up, out)), limit or 0.0, limit is not None, len(gate))
+    return out
 
 
 @cute.jit

@@ -77,3 +77,23 @@ def test_requantization_gives_the_twin_s_bytes():
     assert torch.equal(scales, want_scales)
     assert torch.equal(codes, want_codes)
     assert {0, 0x7E, 0x7F} < set(want_scales.tolist())
+
+
+@pytest.mark.parametrize("limit", [None, 0.5, 7.0])
+def test_swiglu(limit):
+    """Within fp32's rounding of float64: no lower bound for the gate, both for up, NaN through either, Inf as IEEE."""
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (torch.randn(4096, generator=generator) * torch.logspace(-3, 2, 4096) for _ in range(2))
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -60.0, 200.0])
+    pairs = torch.cartesian_prod(special, torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -3.0]))
+    gate, up = torch.cat([gate, pairs[:, 0]]), torch.cat([up, pairs[:, 1]])
+    got = cute_scalars.swiglu(gate, up, limit).double()
+    wide_gate, wide_up = gate.double(), up.double()
+    if limit is not None:
+        wide_gate, wide_up = wide_gate.clamp(max=limit), wide_up.clamp(-limit, limit)
+    want = wide_gate * torch.sigmoid(wide_gate) * wide_up
+    ordinary = (gate.abs() < 80) & up.isfinite()
+    # Up to gate = -80 the exponent's argument is off by 2^-24 of 115.
+    assert ((got - want).abs()[ordinary] <= 2e-5 * want.abs()[ordinary] + 1e-40).all()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())

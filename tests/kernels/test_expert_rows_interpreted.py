@@ -25,13 +25,12 @@ from dsv4.ops.routing import route
 POISON = 0x5A
 
 
-@pytest.mark.parametrize("case", ["tables", "quantize", "gather"])
-def test_rows(case):
+def test_rows():
     """Every entry that a product reads equals plain torch's, bit for bit; behind the last row nothing is written."""
     # The interpreter is chosen when Triton is imported: a process of its own.
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, __file__, case]
+    command = [sys.executable, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -78,7 +77,7 @@ def swizzled_rows(flat: torch.Tensor, k: int, place: torch.Tensor) -> torch.Tens
 
 
 def check_quantize() -> None:
-    tokens, top_k, experts = 60, 3, 5
+    tokens, top_k, experts = 12, 3, 5
     tiles, ends, place, used = routed(tokens, top_k, experts)
     slots = tokens * top_k
     scale_row = torch.full((slots,), -1, dtype=torch.int32)
@@ -125,7 +124,7 @@ def check_quantize() -> None:
 
 
 def check_gather() -> None:
-    tokens, top_k, experts, k = 60, 3, 5, 160
+    tokens, top_k, experts, k = 45, 3, 5, 160
     tiles, ends, place, used = routed(tokens, top_k, experts)
     slots = tokens * top_k
     scale_row = torch.full((slots,), -1, dtype=torch.int32)
@@ -152,4 +151,6 @@ if __name__ == "__main__":
 
     let_loop_bounds_be_numbers()
     InterpreterBuilder.create_fma = _fma
-    {"tables": check_tables, "quantize": check_quantize, "gather": check_gather}[sys.argv[1]]()
+    check_tables()
+    check_quantize()
+    check_gather()
