@@ -20,8 +20,7 @@ def _compile(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
 CACHE = KernelCache(
     "blackwell",
     (
-        _HERE / "config.py",
-        _HERE / "grouped_gemm.py",
+        *(_HERE / name for name in ("config.py", "grouped_gemm.py", "loads.py", "results.py")),
         *(_HERE.parent / "cutedsl" / name for name in ("epilogue.py", "ptx.py", "schedule.py", "sizes.py")),
     ),
     _compile,

@@ -7,7 +7,7 @@ byte; scales are the swizzled tiles of :mod:`dsv4.ops.layouts`, 512 bytes for 12
 not store them: a row of A only ever reaches its own row of the result. Only tiles of scales begin at each expert.
 
 **Warps.** Four of epilogue, one that issues tensor-core instructions and copies of scales to tensor memory, one that
-issues TMA loads. Three rings of barriers join them: stages (full, empty), accumulators (full, empty).
+issues TMA loads. Two rings of barriers, each full and empty, join them: of stages and of accumulators.
 
 **Two CTAs** (tiles of 256 rows) share a tile: each loads its 128 rows of A, half of B's columns, and all scales of B;
 the first one issues instructions for both, and its barriers count both CTAs' bytes.
@@ -21,89 +21,27 @@ import re
 from tempfile import TemporaryDirectory
 
 import cutlass
-from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint16, Uint32, cute
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from dsv4.errors import ConfigError
-from dsv4.kernels.blackwell.config import (
-    EPILOGUE_WARPS,
-    SUBTILE,
-    THREADS,
-    TMEM_COLUMNS,
-    BlackwellConfig,
-)
+from dsv4.kernels.blackwell.config import EPILOGUE_WARPS, THREADS, TMEM_COLUMNS, BlackwellConfig
+from dsv4.kernels.blackwell.loads import Loads
+from dsv4.kernels.blackwell.results import Results
 from dsv4.kernels.cutedsl import ptx, schedule
-from dsv4.kernels.cutedsl.epilogue import requantize, swiglu
 
 _MMA_WARP, _LOAD_WARP = EPILOGUE_WARPS, EPILOGUE_WARPS + 1
-_SCALES = 256  # uint16 of a 128 x 4 tile of scales
 
 
-class GroupedGemm:
+class GroupedGemm(Loads, Results):
     """The kernel of one configuration; called under ``cute.compile``."""
-
-    wide_stores = True
-    """Whether a thread stores 32 bytes at once, which takes sm_100."""
 
     def __init__(self, config: BlackwellConfig):
         problem = config.problem()
         if problem:
             raise ConfigError(f"{config}: {problem}")
-        self.config = config
-        # Where things stand in dynamic shared memory.
-        self.b_at = config.stages * config.a_bytes
-        self.a_scales_at = self.b_at + config.stages * config.b_bytes
-        self.b_scales_at = self.a_scales_at + config.stages * config.a_scale_bytes
-        self.barriers_at = self.b_scales_at + config.stages * config.b_scale_bytes
-        self.holder_at = self.barriers_at + 8 * config.barriers
-        self.table_at = self.holder_at + 16
-
-    def load_op(self):
-        """The TMA instruction: of a pair, every load is counted by the first CTA's barrier."""
-        return cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.TWO if self.config.ctas == 2 else tcgen05.CtaGroup.ONE)
-
-    def code_box(self, rows):
-        """Shared layout of codes, ``(rows, bytes of a stage, expert, stage)``: a row is one line of the swizzle."""
-        line = self.config.k // 2
-        swizzle = cute.make_swizzle({128: 3, 64: 2, 32: 1}[line], 4, 3)
-        outer = cute.make_layout(
-            (rows, line, 1, self.config.stages), stride=(line, 1, rows * line, rows * line)
-        )  # fmt: skip
-        return cute.make_composed_layout(swizzle, 0, outer)
-
-    def scale_box(self, tiles):
-        """Shared layout of scales, ``(uint16 of a tile, K tiles, row tiles, expert, stage)``."""
-        steps = self.config.steps
-        size = tiles * steps * _SCALES
-        return cute.make_layout(
-            (_SCALES, steps, tiles, 1, self.config.stages), stride=(1, _SCALES, steps * _SCALES, size, size)
-        )
-
-    def load_atoms(self):
-        """``(atom, tensor)`` of A, B, and their scales.
-
-        The launch replaces the tensor maps by its own, so that the sizes here mean nothing: two tiles each way.
-        """
-        cfg, op = self.config, self.load_op()
-        line = cfg.k // 2
-        anywhere = cute.make_ptr(Uint8, Int64(0), cute.AddressSpace.gmem, assumed_align=16)
-        results = []
-        for rows in (128, cfg.b_rows):
-            whole = cute.make_layout((2 * rows, 2 * line, 2), stride=(2 * line, 1, 4 * rows * line))
-            box = cute.slice_(self.code_box(rows), (None, None, None, 0))
-            results.append(cpasync.make_tiled_tma_atom(op, cute.make_tensor(anywhere, whole), box, (rows, line, 1)))
-        scales = cute.recast_ptr(anywhere, dtype=Uint16)
-        for tiles in (1, cfg.b_scale_tiles):
-            whole = cute.make_layout(
-                (_SCALES, 2 * cfg.steps, 2 * tiles, 2),
-                stride=(1, _SCALES, 2 * cfg.steps * _SCALES, 4 * tiles * cfg.steps * _SCALES),
-            )
-            box = cute.slice_(self.scale_box(tiles), (None, None, None, None, 0))
-            results.append(
-                cpasync.make_tiled_tma_atom(op, cute.make_tensor(scales, whole), box, (_SCALES, cfg.steps, tiles, 1))
-            )
-        return results
+        super().__init__(config)
 
     @cute.jit
     def __call__(
@@ -263,74 +201,6 @@ class GroupedGemm:
         """The warp that allocated."""
         cute.arch.dealloc_tmem(tmem, TMEM_COLUMNS, is_two_cta=self.config.ctas == 2)
 
-    # Loads.
-
-    @cute.jit
-    def load(
-        self, base, full, empty, table, a, a_tensor, b, b_tensor, sfa, sfa_tensor, sfb, sfb_tensor, first, step, rank,
-        total, column_tiles, chunks,
-    ):  # fmt: skip
-        """The load warp: boxes for one stage after the other, as the tensor cores free them."""
-        cfg = self.config
-        line = cfg.k // 2
-        a_codes, b_codes = self.code_box(128), self.code_box(cfg.b_rows)
-        shared = (
-            cute.make_tensor(cute.recast_ptr(base, a_codes.inner, dtype=Uint8), a_codes.outer),
-            cute.make_tensor(cute.recast_ptr(base + self.b_at, b_codes.inner, dtype=Uint8), b_codes.outer),
-            cute.make_tensor(cute.recast_ptr(base + self.a_scales_at, dtype=Uint16), self.scale_box(1)),
-            cute.make_tensor(cute.recast_ptr(base + self.b_scales_at, dtype=Uint16), self.scale_box(cfg.b_scale_tiles)),
-        )
-        shapes = (
-            (128, line, 1),
-            (cfg.b_rows, line, 1),
-            (_SCALES, cfg.steps, 1, 1),
-            (_SCALES, cfg.steps, cfg.b_scale_tiles, 1),
-        )
-        tile = first
-        stage = Int32(0)
-        phase = Int32(1)
-        while tile < total:
-            expert, row_tile, column_tile = schedule.locate(table, column_tiles, tile)
-            row = table[expert, schedule.STARTS] + row_tile * cfg.m + rank * 128
-            row_scales = table[expert, schedule.SCALES] + row_tile * cfg.ctas + rank
-            column = column_tile * cfg.n
-            for chunk in cutlass.range(chunks, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                if rank == 0:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, cfg.stage_bytes * cfg.ctas)
-                places = (
-                    (row, chunk * line, 0),
-                    (column + rank * cfg.b_rows, chunk * line, expert),
-                    (0, chunk * cfg.steps, row_scales, 0),
-                    (0, chunk * cfg.steps, column // 128, expert),
-                )
-                for i in cutlass.range_constexpr(4):
-                    atom = (a, b, sfa, sfb)[i]
-                    whole = (a_tensor, b_tensor, sfa_tensor, sfb_tensor)[i]
-                    modes = len(shapes[i])
-                    box = cute.local_tile(cute.domain_offset(places[i], whole), shapes[i], (0,) * modes)
-                    target, source = cpasync.tma_partition(
-                        atom,
-                        0,
-                        cute.make_layout(1),
-                        cute.group_modes(shared[i], 0, modes),
-                        cute.group_modes(box, 0, modes),
-                    )
-                    cute.copy(atom, source, target[(None, stage)], tma_bar_ptr=full + stage)
-                stage += 1
-                if stage == cfg.stages:
-                    stage = Int32(0)
-                    phase ^= 1
-            tile += step
-        # The last signals must find this CTA's barriers still there.
-        for _ in cutlass.range(cfg.stages, unroll=1):
-            cute.arch.mbarrier_wait(empty + stage, phase)
-            stage += 1
-            if stage == cfg.stages:
-                stage = Int32(0)
-                phase ^= 1
-
     # Products.
 
     def tiled_mma(self):
@@ -422,140 +292,6 @@ class GroupedGemm:
             buffer ^= 1
             acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
             tile += step
-
-    # Results.
-
-    def accumulator_columns(self, base, tmem, row, column):
-        """``SUBTILE`` fp32 columns of the thread's row, as a list."""
-        warp_lane = (row // 32) << 21  # the first lane of the warp's quarter, in bits 16 and up
-        return list(ptx.tmem_columns(tmem.toint() + warp_lane + column, SUBTILE))
-
-    @cute.jit
-    def store(
-        self, base, acc_full, acc_empty, table, tmem, gs_a, gs_b, row_scale, row_slot, topk_weights, out, out_scales,
-        out_gs, columns, gs_b_width, limit, first, step, rank, total, column_tiles,
-    ):  # fmt: skip
-        """The epilogue warps: each thread has one row, 32 columns at a time."""
-        cfg = self.config
-        tidx, _, _ = cute.arch.thread_idx()
-        tile = first
-        buffer = Int32(0)
-        acc_phase = Int32(0)
-        while tile < total:
-            expert, row_tile, column_tile = schedule.locate(table, column_tiles, tile)
-            begin = table[expert, schedule.STARTS]
-            inside = row_tile * cfg.m + rank * 128 + tidx  # row of the expert
-            row = begin + inside
-            valid = row < table[expert + 1, schedule.STARTS]
-            factor = ptx.load_f32(gs_a + Int64(expert) * 4)
-            gate_gs = ptx.load_f32(gs_b + Int64(expert * gs_b_width) * 4)
-            up_gs = ptx.load_f32(gs_b + Int64(expert * gs_b_width + gs_b_width - 1) * 4)
-            token = Float32(1.0)
-            weight = Float32(1.0)
-            requant_gs = Float32(1.0)
-            target = row
-            if valid:
-                if cutlass.const_expr(cfg.row_scale):
-                    token = ptx.load_f32(row_scale + Int64(row) * 4)
-                if cutlass.const_expr(cfg.weighted or cfg.scattered):
-                    slot = ptx.load_i32(row_slot + Int64(row) * 4)
-                    if cutlass.const_expr(cfg.weighted):
-                        weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
-                    if cutlass.const_expr(cfg.scattered):
-                        target = slot
-                if cutlass.const_expr(cfg.requantize):
-                    requant_gs = ptx.load_f32(out_gs + Int64(expert) * 4)
-            scale_row = table[expert, schedule.SCALES] * 128 + inside
-
-            place = Int32(0) if cutlass.const_expr(cfg.overlapped) else buffer
-            cute.arch.mbarrier_wait(acc_full + place, acc_phase)
-            self.fence_accumulator()
-            for i in cutlass.range(cfg.n // SUBTILE, unroll=1):
-                # The columns that both accumulators have come first: the last of one, the first of the other.
-                reversed_part = (cfg.n // SUBTILE - 1 - i) * (1 - buffer) + i * buffer
-                part = reversed_part if cutlass.const_expr(cfg.overlapped) else i
-                values = self.accumulator_columns(base, tmem, tidx, buffer * cfg.accumulator_stride + part * SUBTILE)
-                if i == cfg.release_after - 1:
-                    self.release_accumulator(acc_empty + place)
-                column = column_tile * cfg.n + part * SUBTILE
-                if valid & (column < columns):
-                    if cutlass.const_expr(cfg.gated):
-                        self.write_swiglu(
-                            values, factor, token, gate_gs, up_gs, weight, limit, target, column, columns, out,
-                            out_scales, scale_row, requant_gs,
-                        )  # fmt: skip
-                    else:
-                        column_gs = gate_gs
-                        if 2 * column >= columns:
-                            column_gs = up_gs
-                        self.write_rows(values, factor, token, column_gs, target, column, columns, out)
-            buffer ^= 1
-            acc_phase ^= 1 if cutlass.const_expr(cfg.overlapped) else buffer ^ 1
-            tile += step
-
-    def fence_accumulator(self):
-        """Before tensor memory is read that another thread's instructions wrote."""
-        ptx.tmem_fence_after()
-
-    def release_accumulator(self, barrier):
-        """Every epilogue thread, on the barrier of the CTA that issues."""
-        ptx.tmem_fence_before()
-        if self.config.ctas == 2:
-            cute.arch.mbarrier_arrive(barrier, 0)
-        else:
-            cute.arch.mbarrier_arrive(barrier)
-
-    def scaled(self, value, factor, gs, token):
-        """A product with the scales that it lacks, in the order of the reference."""
-        value = value * factor * gs
-        return value * token if self.config.row_scale else value
-
-    def write_words(self, address, words):
-        """Whole words, 32 bytes at once where the chip can."""
-        size = min(len(words), 8 if self.wide_stores else 4)
-        for i in range(0, len(words), size):
-            ptx.store_words(address + 4 * i, words[i : i + size])
-
-    def write_rows(self, values, factor, token, gs, target, column, columns, out):
-        """Results of a row, ``[rows, N]``."""
-        values = [self.scaled(value, factor, gs, token) for value in values]
-        at = Int64(target) * Int64(columns) + Int64(column)
-        if self.config.wide_out:
-            self.write_words(out + at * 4, [value.bitcast(Uint32) for value in values])
-        else:
-            words = [ptx.pack_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
-            self.write_words(out + at * 2, words)
-
-    def write_swiglu(
-        self, values, factor, token, gate_gs, up_gs, weight, limit, target, column, columns, out, out_scales, scale_row,
-        requant_gs,
-    ):  # fmt: skip
-        """SwiGLU of a row's gates and ups, rounded once to bf16; then stored, or quantized."""
-        cfg = self.config
-        results = []
-        for i in range(0, len(values), 8):
-            for j in range(i, i + 4):
-                gate = self.scaled(values[j], factor, gate_gs, token)
-                up = self.scaled(values[j + 4], factor, up_gs, token)
-                result = swiglu(gate, up, limit if cfg.limited else None)
-                results.append(result * weight if cfg.weighted else result)
-        words = [ptx.pack_bf16x2(results[i], results[i + 1]) for i in range(0, len(results), 2)]
-        if cfg.requantize:
-            rounded = []
-            for word in words:
-                rounded += [(word << 16).bitcast(Float32), (word & Uint32(0xFFFF0000)).bitcast(Float32)]
-            low, high, scale = requantize(rounded, requant_gs)
-            at = Int64(target) * Int64(columns // 4) + Int64(column // 4)
-            ptx.store_words(out + at, [low, high])
-            scale_columns = (columns // 32 + 3) // 4 * 4
-            ptx.store_b8(out_scales + Int64(schedule.scale_offset(scale_row, column // 32, scale_columns)), scale)
-        elif cfg.interleaved:
-            at = out + (Int64(target) * Int64(columns) + Int64(column)) * 2
-            for i in range(0, len(words), 2):
-                ptx.store_words(at + 8 * i, words[i : i + 2])
-        else:
-            at = Int64(target) * Int64(columns // 2) + Int64(column // 2)
-            self.write_words(out + at * 2, words)
 
 
 def sample_arguments(config: BlackwellConfig) -> tuple:
