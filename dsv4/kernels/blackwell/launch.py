@@ -83,7 +83,8 @@ class Requantized:
     """Where SwiGLU's results go as NVFP4.
 
     Attributes:
-        scales: one byte each, flat, whole tiles of ``128 * pad4(I/16)``; padding rows are left as they are.
+        scales: one byte each, flat, whole tiles of ``128 * pad4(I/16)``; padding rows are left as they
+            are, padding columns are zeros.
         gs: fp32 ``[E]``, the scale that they are quantized under.
     """
 

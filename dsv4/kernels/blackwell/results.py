@@ -139,8 +139,7 @@ class Results:
             low, high, scale = requantize(rounded, requant_gs)
             at = Int64(target) * Int64(columns // 4) + Int64(column // 4)
             ptx.store_words(out + at, [low, high])
-            scale_columns = (columns // 32 + 3) // 4 * 4
-            ptx.store_b8(out_scales + Int64(schedule.scale_offset(scale_row, column // 32, scale_columns)), scale)
+            self.write_scale(out_scales, scale_row, column // 32, columns // 32, scale)
         elif cfg.interleaved:
             at = out + (Int64(target) * Int64(columns) + Int64(column)) * 2
             for i in range(0, len(words), 2):
@@ -148,3 +147,13 @@ class Results:
         else:
             at = Int64(target) * Int64(columns // 2) + Int64(column // 2)
             self.write_words(out + at * 2, words)
+
+    @cute.jit
+    def write_scale(self, out_scales, row, block, blocks, scale):
+        """The scale of a row's block; behind its last one zeros, which the next product multiplies with its own."""
+        width = (blocks + 3) // 4 * 4
+        ptx.store_b8(out_scales + Int64(schedule.scale_offset(row, block, width)), scale)
+        if block == blocks - 1:
+            for padding in cutlass.range_constexpr(1, 4):
+                if block + padding < width:
+                    ptx.store_b8(out_scales + Int64(schedule.scale_offset(row, block + padding, width)), Uint32(0))
