@@ -47,14 +47,27 @@ class Tiling:
     gemm2: tuple[int, int, int, int]
 
 
+# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets. A tiling is written
+# as widths: warpgroups, K blocks, stages, programs.
+#   T = 1 [19], 2 [37]: 8: 1,2,4,4 36, 54; 1,1,8,4 37; 2,2,5,2 41, 54. T = 4 [74]: 8: 2,2,3,3 90; 1,2,4,4 92.
+#   T = 8 [142], 64 [639]: 8: 2,2,5,2 168, 732; 2,2,3,3 173, 749; 1,2,4,4 742; 4,1,5,2 755.
+#   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
+#   T = 512 [816]: 16, 24: 2,2,3,2 1079; 4,1,8,1 1129; 24 alone 1139; 8, 16: 1127.
+#   T = 1024 [816]: 24, 32: 4,1,7,1 1265; 2,1,5,2 1340; 32 alone 1319; 16, 24: 1542.
+#   T = 2048 [816]: 64: 4,1,5,1 1745; 2,1,4,2 1864; 48, 64: 2,1,6,1 1875; 48, 64, 80: 1807; 56: 1791; 48: 2080.
+#   T = 4096 [1602]: 96, 112, 128: 2,1,5,1 2544; 64 to 128: 2548; 64: 3306.
+#   T = 8192 [3205]: 184, 200, 216, 256: 2,1,3,1 4466; 192, 208, 224, 256: 4468; 64 to 128 by 16: 2,1,5,1 4802.
 TILINGS = (
-    Tiling(1 / 8, 8, (8,), (1, 2, 4, 4), (1, 2, 4, 4)),
+    Tiling(1 / 20, 8, (8,), (1, 2, 4, 4), (1, 2, 4, 4)),
+    Tiling(1 / 8, 8, (8,), (2, 2, 3, 3), (2, 2, 3, 3)),
     Tiling(4, 8, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
     Tiling(9, 8, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
     Tiling(16, 8, (16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
     Tiling(30, 8, (24, 32), (4, 1, 7, 1), (4, 1, 7, 1)),
-    Tiling(60, 16, (48, 64, 80), (2, 1, 6, 1), (2, 1, 6, 1)),
-    Tiling(float("inf"), 16, (64, 80, 96, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
+    Tiling(60, 8, (64,), (4, 1, 5, 1), (4, 1, 5, 1)),
+    Tiling(120, 16, (96, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
+    # The narrow one is for experts with few rows, under skewed routing.
+    Tiling(float("inf"), 8, (96, 184, 208, 240), (2, 1, 3, 1), (2, 1, 3, 1)),
 )
 
 
@@ -151,8 +164,9 @@ class HopperBackend(PortableBackend):
             rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors, dependent=True,
         )  # fmt: skip
         combine(
-            slot_rows, tables.local_ids, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k
-        )
+            slot_rows, tables.local_ids, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k,
+            dependent=True,
+        )  # fmt: skip
 
     def _activated_amax(self, packed: Packed, call: Call, views: dict[str, Tensor]) -> tuple[RoutingBuffers, Tensor]:
         from dsv4.kernels.hopper.stages import image_amax
@@ -174,14 +188,17 @@ class HopperBackend(PortableBackend):
 
         slots, most = call.topk_ids.numel(), tiling.widths[-1]
         e = self.config.num_experts
-        groups = RowGroups(
+        tiles, groups = capacity(slots, e, tiling.unit) // tiling.unit, capacity(slots, e, most) // most
+        schedule = RowGroups(
             most,
             views["slot_row"][:slots],
-            views["tile_group"][: capacity(slots, e, tiling.unit) // tiling.unit],
-            views["group_row"][: capacity(slots, e, most) // most + 1],
+            views["tile_start"][:tiles],
+            views["tile_rows"][:tiles],
+            views["group_row"][: groups + 1],
+            views["group_expert"][:groups],
             views["num_groups"],
         )
-        return self._route(call, views, tiling.unit, groups), groups
+        return self._route(call, views, tiling.unit, schedule), schedule
 
     def _activate(
         self,
@@ -211,7 +228,7 @@ class HopperBackend(PortableBackend):
         row_scale = views["row_scale"] if quantize else None
         scatter_rows(
             call.hidden_states, views["x_image"], views["row_scale"], groups, tables.local_ids, tiling.unit, cfg.top_k,
-            source=source, scale=scale, weights=input_weights,
+            source=source, scale=scale, weights=input_weights, dependent=True,
         )  # fmt: skip
         grouped_gemm(
             replace(_gemm1_config(cfg, tiling), row_scale=quantize), views["x_image"], row_scale, packed.experts, 0,
@@ -266,8 +283,10 @@ def _plan(config: MoEConfig) -> BufferPlan:
         "tile_expert": ((row_tiles,), torch.int32),
         "num_tiles": ((1,), torch.int32),
         "slot_row": ((slots,), torch.int32),
-        "tile_group": ((row_tiles,), torch.int32),
+        "tile_start": ((row_tiles,), torch.int32),
+        "tile_rows": ((row_tiles,), torch.int32),
         "group_row": ((groups + 1,), torch.int32),
+        "group_expert": ((groups,), torch.int32),
         "num_groups": ((1,), torch.int32),
         "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),

@@ -65,7 +65,7 @@ class GroupedGemm:
         image: Int64,
         gs: Int64,
         row_slot: Int64,
-        tile_expert: Int64,
+        group_expert: Int64,
         group_row: Int64,
         num_groups: Int64,
         row_scale: Int64,
@@ -79,7 +79,7 @@ class GroupedGemm:
     ):
         cfg = self.config
         self.kernel(
-            experts, image, gs, row_slot, tile_expert, group_row, num_groups, row_scale, topk_weights, out,
+            experts, image, gs, row_slot, group_expert, group_row, num_groups, row_scale, topk_weights, out,
             expert_bytes, k_blocks, n_tiles, limit,
         ).launch(
             grid=(grid, 1, 1), block=(cfg.threads, 1, 1), smem=cfg.shared_bytes, min_blocks_per_mp=cfg.programs_per_sm,
@@ -93,7 +93,7 @@ class GroupedGemm:
         image: Int64,
         gs: Int64,
         row_slot: Int64,
-        tile_expert: Int64,
+        group_expert: Int64,
         group_row: Int64,
         num_groups: Int64,
         row_scale: Int64,
@@ -123,6 +123,9 @@ class GroupedGemm:
         # The next launch may begin: it waits for this one before it reads what this one writes. The tables of routing
         # are older than the launch before this one, and may be read already.
         cute.arch.griddepcontrol_launch_dependents()
+        program, _, _ = cute.arch.block_idx()
+        # Of the first tile, whether there is one or not: what waits for memory waits once.
+        row, width, expert = self.row_group(program, n_tiles, group_expert, group_row)
         total = ptx.load_i32(num_groups) * n_tiles
         chunks = k_blocks // cfg.blocks
 
@@ -131,24 +134,23 @@ class GroupedGemm:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if tidx == 128 * groups:
                 self.produce(
-                    base, full, empty, total, k_blocks, experts, image, tile_expert, group_row, expert_bytes, n_tiles
-                )
+                    base, full, empty, total, k_blocks, row, width, expert, experts, image, group_expert, group_row,
+                    expert_bytes, n_tiles,
+                )  # fmt: skip
         else:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, total, chunks, gs, row_slot, tile_expert, group_row, row_scale, topk_weights, out,
-                n_tiles, limit,
+                base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
+                topk_weights, out, n_tiles, limit,
             )  # fmt: skip
 
     @cute.jit
-    def row_group(self, tile, n_tiles, tile_expert, group_row):
+    def row_group(self, tile, n_tiles, group_expert, group_row):
         """``(first row, number of rows, expert)`` of an output tile."""
-        at = group_row + Int64(tile // n_tiles) * 4
-        row = ptx.load_i32(at)
-        width = ptx.load_i32(at + 4) - row
-        expert = ptx.load_i32(tile_expert + Int64(row // self.config.unit) * 4)
-        return row, width, expert
+        group = Int64(tile // n_tiles) * 4
+        row, end = ptx.load_i32(group_row + group), ptx.load_i32(group_row + group + 4)
+        return row, end - row, ptx.load_i32(group_expert + group)
 
     @cute.jit
     def load_weights(self, at, weight, run_bytes, barrier):
@@ -167,7 +169,8 @@ class GroupedGemm:
 
     @cute.jit
     def produce(
-        self, base, full, empty, total, k_blocks, experts, image, tile_expert, group_row, expert_bytes, n_tiles
+        self, base, full, empty, total, k_blocks, row, width, expert, experts, image, group_expert, group_row,
+        expert_bytes, n_tiles,
     ):  # fmt: skip
         """The producer thread: copies for one stage after the other, as consumers free them."""
         cfg = self.config
@@ -186,7 +189,6 @@ class GroupedGemm:
         phase = Int32(1)
         ahead = Int32(0)
         if tile < total:
-            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
             # Weights depend on no other launch: the first stages are on their way before the tokens are there.
             weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
             token = image + Int64(row) * Int64(k_blocks * 256)
@@ -212,7 +214,8 @@ class GroupedGemm:
                 stage = Int32(0)
                 phase = Int32(0)
         while tile < total:
-            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
+            following = cutlass.min(tile + programs, total - 1)
+            next_row, next_width, next_expert = self.row_group(following, n_tiles, group_expert, group_row)
             weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
             token = image + Int64(row) * Int64(k_blocks * 256)
             width_bytes = width * (cfg.blocks * 256)
@@ -231,12 +234,13 @@ class GroupedGemm:
                     stage = Int32(0)
                     phase ^= 1
             ahead = Int32(0)
+            row, width, expert = next_row, next_width, next_expert
             tile += programs
 
     @cute.jit
     def consume(
-        self, base, full, empty, total, chunks, gs, row_slot, tile_expert, group_row, row_scale, topk_weights, out,
-        n_tiles, limit,
+        self, base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
+        topk_weights, out, n_tiles, limit,
     ):  # fmt: skip
         """A consumer warpgroup."""
         cfg = self.config
@@ -254,9 +258,6 @@ class GroupedGemm:
         stage = Int32(0)
         phase = Int32(0)
         table = Int32(0)
-        row, width, expert = Int32(0), Int32(0), Int32(0)
-        if tile < total:
-            row, width, expert = self.row_group(tile, n_tiles, tile_expert, group_row)
         while tile < total:
             # What the end of this tile and the beginning of the next one need is on its way meanwhile.
             slot, factor = Int32(-1), Float32(1.0)
@@ -266,7 +267,7 @@ class GroupedGemm:
                 if cutlass.const_expr(cfg.row_scale):
                     factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
             following = cutlass.min(tile + programs, total - 1)
-            next_row, next_width, next_expert = self.row_group(following, n_tiles, tile_expert, group_row)
+            next_row, next_width, next_expert = self.row_group(following, n_tiles, group_expert, group_row)
 
             at = tables + table * (cfg.tokens * 8)
             narrower = 0

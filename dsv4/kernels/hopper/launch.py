@@ -126,8 +126,8 @@ def _check_operands(
         ("image", image, torch.bfloat16, image_rows * k),
         ("gs", gs, torch.float32, num_experts * (1 + config.gated)),
         ("row_slot", tiles.row_slot, torch.int32, image_rows),
-        ("tile_expert", tiles.tile_expert, torch.int32, 0),
         ("group_row", groups.group_row, torch.int32, 2),
+        ("group_expert", groups.group_expert, torch.int32, 1),
         ("num_groups", groups.num_groups, torch.int32, 1),
         ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
     ]
@@ -192,7 +192,7 @@ def grouped_gemm(
     """
     _check_operands(config, image, row_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights)
     n_tiles = rows // (64 * config.warpgroups)
-    grid = min(multiprocessors * config.programs_per_sm, (groups.group_row.shape[0] - 1) * n_tiles)
+    grid = min(multiprocessors * config.programs_per_sm, groups.group_expert.shape[0] * n_tiles)
     gemm_kernel(config, image.device.index or 0)(
         grid,
         torch.cuda.current_stream(image.device).cuda_stream,
@@ -200,7 +200,7 @@ def grouped_gemm(
         image.data_ptr(),
         gs.data_ptr(),
         tiles.row_slot.data_ptr(),
-        tiles.tile_expert.data_ptr(),
+        groups.group_expert.data_ptr(),
         groups.group_row.data_ptr(),
         groups.num_groups.data_ptr(),
         row_scale.data_ptr() if row_scale is not None else 0,

@@ -81,9 +81,11 @@ def _place(
     row_slot,  # i32 [num_rows]
     tile_expert,  # i32 [num_row_tiles]
     num_tiles,  # i32 [1]
-    slot_row,  # i32 [S]; this and the next three if GROUP
-    tile_group,  # i32 [num_row_tiles]
+    slot_row,  # i32 [S]; this and the next five if GROUP
+    tile_start,  # i32 [num_row_tiles]
+    tile_rows,  # i32 [num_row_tiles]
     group_row,  # i32 [groups + 1]
+    group_expert,  # i32 [groups]
     num_groups,  # i32 [1]
     S,
     E,
@@ -145,23 +147,8 @@ def _place(
     tl.store(local_ids + mine, own_local, mask=mine < S)
     tl.store(row_slot + row, mine, mask=served)
     tl.store(tile_expert + row // P, own_local, mask=served & (row % P == 0))  # each tile has one first row
-
     if GROUP:
-        # As few groups as hold an expert's tiles, and those of one size, but the last.
-        groups = (tiles + GROUP - 1) // GROUP
-        group_rows = (tiles + groups - 1) // tl.maximum(groups, 1) * P
-        group_end = tl.cumsum(groups, 0)
-        index = tl.where(served, own_local, 0)
-        inside = row - tl.gather(row_start, index, 0)
-        size = tl.maximum(tl.gather(group_rows, index, 0), 1)
-        group = tl.gather(group_end - groups, index, 0) + inside // size
         tl.store(slot_row + mine, tl.where(served, row, -1), mask=mine < S)
-        tl.store(tile_group + row // P, group, mask=served & (row % P == 0))
-        tl.store(group_row + group, row, mask=served & (inside % size == 0))
-        if chunk == 0:
-            used_groups = tl.sum(groups, 0)
-            tl.store(num_groups, used_groups)
-            tl.store(group_row + used_groups, used_tiles * P)
 
     # Padding at the end of each expert's last tile.
     own = chunk * OWN + tl.arange(0, OWN)
@@ -171,6 +158,30 @@ def _place(
     for first in range(0, P, _LANES):
         pad = pad_start[:, None] + first + tl.arange(0, _LANES)[None, :]
         tl.store(row_slot + pad, tl.full((OWN, _LANES), -1, tl.int32), mask=pad < pad_end[:, None])
+    if GROUP:
+        # As few groups as hold an expert's tiles, and those of one size, but the last.
+        groups = (tiles + GROUP - 1) // GROUP
+        group_end = tl.cumsum(groups, 0)
+        first_tile = tl.gather(tile_end - tiles, expert, 0)[:, None]
+        first_group = tl.gather(group_end - groups, expert, 0)[:, None]
+        count = tl.where(own < BINS, tl.gather(tiles, expert, 0), 0)
+        size = tl.maximum((count + (count + GROUP - 1) // GROUP - 1) // tl.maximum((count + GROUP - 1) // GROUP, 1), 1)
+        most = tl.max(count, 0)
+        count, size, owner = count[:, None], size[:, None], expert[:, None]
+        for first in range(0, most, _LANES):
+            tile = first + tl.arange(0, _LANES)[None, :]
+            real = tile < count
+            group = tile // size
+            start = (first_tile + group * size) * P
+            tl.store(tile_start + first_tile + tile, start, mask=real)
+            tl.store(tile_rows + first_tile + tile, tl.minimum(size, count - group * size) * P, mask=real)
+            head = real & (tile % size == 0)
+            tl.store(group_row + first_group + group, start, mask=head)
+            tl.store(group_expert + first_group + group, owner + tl.zeros_like(tile), mask=head)
+        if chunk == 0:
+            used_groups = tl.sum(groups, 0)
+            tl.store(num_groups, used_groups)
+            tl.store(group_row + used_groups, used_tiles * P)
     # Rows and tiles beyond the last.
     for first in range(used_tiles * P + chunk * _FILL, num_rows, chunks * _FILL):
         unused = first + tl.arange(0, _FILL)
@@ -190,15 +201,19 @@ class RowGroups:
     Attributes:
         rows: the most rows of a group, a multiple of the row tile.
         slot_row: int32 ``[S]``, row of each slot, -1 where dropped.
-        tile_group: int32 ``[R / P]``, group of each row tile, valid up to ``num_tiles``.
+        tile_start: int32 ``[R / P]``, first row of each row tile's group, valid up to ``num_tiles``.
+        tile_rows: int32 ``[R / P]``, number of rows of that group.
         group_row: int32 ``[groups + 1]``, first row of each group and, after the last, the number of rows.
+        group_expert: int32 ``[groups]``.
         num_groups: int32 ``[1]``.
     """
 
     rows: int
     slot_row: Tensor
-    tile_group: Tensor
+    tile_start: Tensor
+    tile_rows: Tensor
     group_row: Tensor
+    group_expert: Tensor
     num_groups: Tensor
 
 
@@ -302,7 +317,12 @@ def route(
     if config.count_first:
         _count[(chunks,)](*source, *sizes, **flags, num_warps=4)
     tiles, groups = buffers.tiles, buffers.groups
-    grouped = (groups.slot_row, groups.tile_group, groups.group_row, groups.num_groups) if groups else (unused,) * 4
+    grouped = (unused,) * 6
+    if groups is not None:
+        grouped = (
+            groups.slot_row, groups.tile_start, groups.tile_rows, groups.group_row, groups.group_expert,
+            groups.num_groups,
+        )  # fmt: skip
     _place[(chunks,)](
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *grouped, *sizes, rows, rows // row_tile, chunks,

@@ -208,7 +208,7 @@ def batch_amax(x: Tensor, local_ids: Tensor, amax: Tensor, slots: int, weights: 
 @triton.jit
 def _combine(
     slot_rows, local_ids, weights, out, H,
-    TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -221,6 +221,8 @@ def _combine(
     if HAS_WEIGHT:
         for k in tl.static_range(TOP_K):
             factors += (tl.load(weights + token * TOP_K + k),)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     values: tl.tuple = ()
     for k in tl.static_range(TOP_K):
         row = slot_rows + (token * TOP_K + k).to(tl.int64) * H
@@ -235,7 +237,15 @@ def _combine(
     tl.store(out + token.to(tl.int64) * H + column, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: Tensor, top_k: int) -> None:
+def combine(
+    slot_rows: Tensor,
+    local_ids: Tensor,
+    weights: Tensor | None,
+    out: Tensor,
+    top_k: int,
+    *,
+    dependent: bool = False,
+) -> None:
     """``out[t] = sum_k weights[t, k] * slot_rows[t * k]`` in fp32, in the order of k, rounded once.
 
     Args:
@@ -244,6 +254,8 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         weights: fp32 ``[T, k]``, or None for ones.
         out: ``[T, H]``.
         top_k: k.
+        dependent: start before the launch before has ended (Hopper and later), which wrote ``slot_rows`` and nothing
+            else that is read here.
     """
     tokens, h = out.shape
     block = min(512, triton.next_power_of_2(h))
@@ -256,5 +268,7 @@ def combine(slot_rows: Tensor, local_ids: Tensor, weights: Tensor | None, out: T
         TOP_K=top_k,
         HAS_WEIGHT=weights is not None,
         BLOCK=block,
+        DEPENDENT=dependent,
         num_warps=2,
+        **({"launch_pdl": True} if dependent else {}),
     )
