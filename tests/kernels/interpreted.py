@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dsv4.kernels.triton import quantize, swizzle
 from dsv4.ops import layouts
 from dsv4.ops import quantize as public
+from kernels.interpreter import mend
 
 LAUNCHES = {
     "quantize": quantize.quantize,
@@ -27,13 +26,6 @@ _library = torch.library.Library("nvfp4", "IMPL")
 launched: set[str] = set()
 
 
-def _fma(self: InterpreterBuilder, x: Any, y: Any, z: Any) -> TensorHandle:
-    """Fused, as on a GPU; Triton's own rounds twice. fp32 products are exact in float64."""
-    with np.errstate(all="ignore"):
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
-
-
 def _noted(name: str) -> Any:
     def launch(*arguments: Any) -> None:
         launched.add(name)
@@ -43,7 +35,7 @@ def _noted(name: str) -> Any:
 
 
 def pytest_configure() -> None:
-    InterpreterBuilder.create_fma = _fma
+    mend()
     for name in LAUNCHES:
         _library.impl(name, _noted(name), "CPU")
     for module in (public, layouts):

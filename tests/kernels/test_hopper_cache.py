@@ -21,7 +21,8 @@ from dsv4.kernels.hopper import cache
 from dsv4.kernels.hopper.config import HopperConfig
 
 ROOT = Path(__file__).parents[2]
-ONE, OTHER = (HopperConfig(*TILINGS[0].gemm1, gated=gated) for gated in (True, False))
+LINE = TILINGS[0]
+ONE, OTHER = (HopperConfig(LINE.unit, LINE.widths, *LINE.gemm1, gated=gated) for gated in (True, False))
 INSTALLED = cache.dsl_version()
 BUILT = (b"cubin" * 40_000, "entry")  # more than one write of the system's
 

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 from dsv4.backends.hopper import TILINGS, kernels
 from dsv4.cli._shapes import SHAPES
 from dsv4.config import MoEConfig
-from dsv4.kernels.hopper.config import PRODUCER_REGISTERS, HopperConfig
+from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.grouped_gemm import compile_kernel
 from dsv4.kernels.hopper.launch import GEMM_SIGNATURE
-from kernels.cubin import MachineCode, counts, read
+from kernels.cubin import Instruction, MachineCode, counts, read
 
 SHARED_OF_SM = 228 * 1024
 RESERVED = 1024  # of shared memory, for each program
@@ -43,9 +43,9 @@ def needed() -> list[HopperConfig]:
 
 def a_selection() -> list[HopperConfig]:
     """Eight at most: GEMM 1 of six lines of the table and of the last one, and the last one's GEMM 2."""
-    lines = {(c.tokens, c.warpgroups): c for c in NEEDED if c.gated and c.row_scale and c.limited and not c.weighted}
+    lines = {(c.widths, c.warpgroups): c for c in NEEDED if c.gated and c.row_scale and c.limited and not c.weighted}
     gated = list(lines.values())
-    return [*gated[:-1][:6], gated[-1], next(c for c in NEEDED if c.wide_out and c.tokens == gated[-1].tokens)]
+    return [*gated[:-1][:6], gated[-1], next(c for c in NEEDED if c.wide_out and c.widths == gated[-1].widths)]
 
 
 NEEDED = needed()
@@ -54,7 +54,8 @@ ALWAYS = a_selection()
 
 def name(config: HopperConfig) -> str:
     flags = [f for f in ("gated", "wide_out", "row_scale", "weighted", "limited") if getattr(config, f)]
-    return "-".join([f"{config.tokens}x{64 * config.warpgroups}x{128 * config.blocks}", *flags])
+    widths = ".".join(str(w) for w in config.widths)
+    return "-".join([f"{widths}x{64 * config.warpgroups}x{128 * config.blocks}", *flags])
 
 
 CONFIGS = pytest.mark.parametrize(
@@ -68,33 +69,71 @@ def machine_code(config: HopperConfig) -> MachineCode:
 
 
 def test_what_is_always_compiled() -> None:
-    """Eight configurations at most, both GEMMs, the smallest and the largest token tile."""
+    """Eight configurations at most, both GEMMs, the widths of the first lines of the table and of the last."""
     assert len(ALWAYS) <= 8
     assert {c.gated for c in ALWAYS} == {True, False}
-    tiles = {t.gemm1[0] for t in TILINGS}
-    assert {min(tiles), max(tiles)} <= {c.tokens for c in ALWAYS}
+    widths = [line.widths for line in TILINGS]
+    assert {*widths[:6], widths[-1]} <= {c.widths for c in ALWAYS}
+
+
+def check_decoding(loop: list[Instruction], blocks: int) -> None:
+    """For each 64 x 64 tile of weights that a warp decodes, by the decoder's definition:
+
+    1 load of 16 bytes, and 1 of 4 for every two tiles; a multiplication for each two weights and two for the scales; 3
+    byte permutations; for each of 4 words 2 rotations, 5 masks and a multiplication, and a mask and a shift for the
+    scales. A shift may be an IMAD. Beyond that at most six of each for the loop's own counting and addresses.
+    """
+    count, tiles = counts(loop), 2 * blocks
+    assert count["LDS.128"] == tiles
+    assert count["LDS"] == blocks
+    assert count["HMUL2"] == (16 + 2) * tiles
+    assert count["PRMT"] == 3 * tiles
+    assert 0 <= count["LOP3"] - (4 * 5 + 1) * tiles <= 6
+    assert 0 <= count["SHF"] + count["IMAD"] - (4 * (2 + 1) + 1) * tiles <= 6
+
+
+def names_of(loop: list[Instruction], kind: str) -> list[str]:
+    """The different instructions of a kind."""
+    return sorted({i.name for i in loop if i.kind == kind})
 
 
 @CONFIGS
-def test_main_loop_is_made_of_the_instructions_meant(config: HopperConfig) -> None:
-    """For each 64 x 64 tile of weights that a warp decodes, by the decoder's definition:
+def test_main_loops_are_made_of_the_instructions_meant(config: HopperConfig) -> None:
+    """One loop for each width: what decoding takes, and for each 64 of K 4 wgmma of that width; or, for the width that
+    mma multiplies, 4 of them and 2 loads of four matrices of tokens."""
+    code, tiles = machine_code(config), 2 * config.blocks
+    wide = [width for width in config.widths if width > MMA_TOKENS]
+    loops, narrow = code.loops("HGMMA"), code.loops("HMMA")
+    assert len(loops) == len(wide)
+    assert len(narrow) == len(config.widths) - len(wide)
+    for loop in loops + narrow:
+        check_decoding(loop, config.blocks)
+    assert all(counts(loop)["HGMMA"] == 4 * tiles for loop in loops)
+    names = [names_of(loop, "HGMMA") for loop in loops]
+    assert sorted(names) == sorted([f"HGMMA.64x{width}x16.F32.BF16"] for width in wide)
+    for loop in narrow:
+        assert (counts(loop)["HMMA"], counts(loop)["LDSM"]) == (4 * tiles, 2 * tiles)
+        assert names_of(loop, "HMMA") == ["HMMA.16816.F32.BF16"]
+        assert names_of(loop, "LDSM") == ["LDSM.16.M88.4"]
 
-    4 wgmma; 1 load of 16 bytes, and 1 of 4 for every two tiles; a multiplication for each two weights and two for the
-    scales; 3 byte permutations; for each of 4 words 2 rotations, 5 masks and a multiplication, and a mask and a shift
-    for the scales. A shift may be an IMAD. Beyond that at most six of each for the loop's own counting and addresses.
-    """
-    loops = machine_code(config).loops("HGMMA")
-    assert loops
+
+def waits(instructions: list[Instruction]) -> list[int]:
+    """How many batches of wgmma may still be under way behind each wait."""
+    return [int(i.operands.split(",")[1].strip(" ;"), 16) for i in instructions if i.name == "WARPGROUP.DEPBAR.LE"]
+
+
+@CONFIGS
+def test_tensor_cores_work_while_weights_are_decoded(config: HopperConfig) -> None:
+    """ptxas has not waited for every single wgmma, as it silently does where registers are too few: a loop begins a
+    batch of 4 once for each 64 of K, and waits there until no more than the latest batch is under way; all are awaited
+    once, behind the loop."""
+    code, tiles = machine_code(config), 2 * config.blocks
+    loops = code.loops("HGMMA")
     for loop in loops:
-        count, tiles = counts(loop), 2 * config.blocks
-        assert count["HGMMA"] == 4 * tiles
-        assert count["LDS.128"] == tiles
-        assert count["LDS"] == config.blocks
-        assert count["HMUL2"] == (16 + 2) * tiles
-        assert count["PRMT"] == 3 * tiles
-        assert 0 <= count["LOP3"] - (4 * 5 + 1) * tiles <= 6
-        assert 0 <= count["SHF"] + count["IMAD"] - (4 * (2 + 1) + 1) * tiles <= 6
-        assert {i.name for i in loop if i.kind == "HGMMA"} == {f"HGMMA.64x{config.tokens}x16.F32.BF16"}
+        assert names_of(loop, "WARPGROUP") == ["WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR.LE"]
+        assert sum(i.name == "WARPGROUP.ARRIVE" for i in loop) == tiles
+        assert waits(loop) == [1] * tiles
+    assert sorted(waits(code.instructions)) == [0] * len(loops) + [1] * (tiles * len(loops))
 
 
 @CONFIGS
@@ -130,13 +169,19 @@ def test_arguments_stand_where_the_launcher_puts_them(config: HopperConfig) -> N
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: str(t.rows_per_expert))
-def test_both_gemms_share_a_token_tile(tiling) -> None:
-    """One tile map serves both; wgmma's N is a multiple of 8 up to 256."""
-    assert tiling.gemm1[0] == tiling.gemm2[0]
-    assert tiling.gemm1[0] in range(8, 257, 8)
+def test_widths_are_ones_that_there_are(tiling) -> None:
+    """Ascending multiples of 8 up to wgmma's 256; the longest group is whole row tiles, and the warpgroups, also the
+    fewer ones that the smallest matrix gets, have a thread for each of its rows."""
+    assert list(tiling.widths) == sorted(set(tiling.widths))
+    assert set(tiling.widths) <= set(range(8, 257, 8))
+    assert tiling.unit in (8, 16)
+    assert tiling.widths[-1] % tiling.unit == 0
+    for gemm in (tiling.gemm1, tiling.gemm2):
+        config = HopperConfig(tiling.unit, tiling.widths, *gemm)
+        assert config.tokens <= 128 * config.fitted(rows=128, k=128).warpgroups
 
 
 def test_small_matrices_take_the_nearest_configuration() -> None:
     """Where whole tiles do not fit, warpgroups and K blocks are halved until they do."""
-    fitted = HopperConfig(8, 4, 4, 2, 1).fitted(rows=128, k=384)
+    fitted = HopperConfig(8, (8,), 4, 4, 2, 1).fitted(rows=128, k=384)
     assert (fitted.warpgroups, fitted.blocks) == (2, 1)

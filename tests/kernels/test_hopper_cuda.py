@@ -140,30 +140,85 @@ def test_the_pack_kernel_is_its_twin(n, k, gated):
     assert bool((experts[:, -16:] == 0xA5).all())
 
 
-@pytest.mark.parametrize("tile", sorted({line.gemm1[0] for line in TILINGS}))
-def test_images_hold_the_rows_of_the_tile_map(tile):
-    """The gathered image is the torch twin's of the rows that the tile map names; padding rows are zero."""
+@LINES
+def test_scattered_rows_are_an_image(line):
+    """Through a call's own routing: every token stands in the image in the row of each of its slots, as plain torch
+    puts it there, and its scale beside it; what no slot fills is left alone."""
     from dsv4.kernels.hopper.layout import to_image
-    from dsv4.kernels.hopper.stages import gather_image
-    from dsv4.kernels.triton.grouped_gemm import TileMap
-    from dsv4.ops.routing import route
+    from dsv4.kernels.hopper.stages import scatter_rows
+    from dsv4.kernels.triton.routing import route
+    from dsv4.kernels.triton.stages import ScaleSource
+    from kernels.row_groups import expected, poisoned_buffers
 
-    tokens, k = 37, 256
-    local = torch.randint(-1, 4, (tokens * K,), device="cuda")
+    unit, most, experts, tokens, k = line.unit, line.widths[-1], 5, 3 * line.widths[-1] + 5, 256
+    ids = torch.randint(-1, experts, (tokens, K), device="cuda")
+    ids[::3] = 1  # a busy expert,
+    ids[ids == 2] = 3  # and an idle one
     x = torch.randn(tokens, k, device="cuda").bfloat16()
-    tables = route(local, 4, tile)
-    used = int((tables.tile_expert >= 0).sum())
-    num_tiles = torch.tensor([used], dtype=torch.int32, device="cuda")
-    row_slot = tables.row_slot.int()
-    image = torch.full((row_slot.numel() * k,), torch.nan, dtype=torch.bfloat16, device="cuda")
-    scale, row_scale = torch.rand(tokens, device="cuda"), torch.full((row_slot.numel(),), torch.nan, device="cuda")
-    gather_image(x, scale, image, row_scale, TileMap(row_slot, tables.tile_expert.int(), num_tiles), tile, K)
-    slots = row_slot[: used * tile].long()
-    token = slots.clamp(min=0) // K
-    rows = torch.where((slots >= 0)[:, None], x[token], 0)
-    assert torch.equal(image[: used * tile * k], to_image(rows, tile).flatten())
-    assert torch.equal(row_scale[: used * tile][slots >= 0], scale[token][slots >= 0])
-    assert bool(image[used * tile * k :].isnan().all())
+    tables = poisoned_buffers(tokens * K, experts, unit, most, "cuda")
+    route(ids, experts, unit, tables)
+    want = expected(ids.flatten().tolist(), experts, unit, most)
+    row_slot = torch.tensor(want.row_slot, device="cuda")
+    rows, served = row_slot.numel(), row_slot >= 0
+    image = torch.full((tables.tiles.row_slot.numel() * k,), 7.0, dtype=torch.bfloat16, device="cuda")
+    row_scale = torch.full((tables.tiles.row_slot.numel(),), 7.0, device="cuda")
+    scatter_rows(x, image, row_scale, tables.groups, tables.local_ids, unit, K, source=ScaleSource.NONE)
+    plain = torch.where(served[:, None], x[row_slot.clamp(min=0) // K], 7.0)
+    images = [to_image(plain[g.start : g.stop], len(g)).flatten() for g in want.groups()]
+    assert torch.equal(image[: rows * k], torch.cat(images))
+    assert bool((image[rows * k :] == 7.0).all())
+    assert bool((row_scale == 7.0).all())
+    scale = torch.rand(experts, device="cuda")
+    scatter_rows(x, image, row_scale, tables.groups, tables.local_ids, unit, K, source=ScaleSource.EXPERT, scale=scale)
+    of_row = scale[ids.flatten()[row_slot.clamp(min=0)].clamp(min=0)]
+    assert torch.equal(row_scale[:rows], torch.where(served, of_row, 7.0))
+    assert bool((image[rows * k :] == 7.0).all())
+
+
+@pytest.mark.parametrize("source", ["ROW", "BATCH", "EXPERT"])
+@LINES
+def test_quantized_images_are_quantized_rows(line, source):
+    """Tokens quantized on their way and images quantized in place are the numbers that stage_rows makes of rows
+    (tests/kernels/test_stages_cuda.py compares those with plain torch); a maximum leaves rows with NaN or Inf out."""
+    from dsv4.kernels.hopper.stages import image_amax, quantize_image, scatter_rows
+    from dsv4.kernels.triton.routing import route
+    from dsv4.kernels.triton.stages import ScaleSource, stage_rows
+    from kernels.row_groups import poisoned_buffers
+
+    unit, most, experts, tokens, k = line.unit, line.widths[-1], 5, 2 * line.widths[-1] + 5, 2112
+    ids = torch.randint(-1, experts, (tokens, 1), device="cuda")
+    ids[3:5] = 1
+    x = inputs(tokens, k, 1, experts)[0].cuda()
+    x[3, 7], x[4, 0] = torch.nan, torch.inf
+    tables = poisoned_buffers(tokens, experts, unit, most, "cuda")
+    route(ids, experts, unit, tables)
+    tiles, groups, local = tables.tiles, tables.groups, tables.local_ids
+    rows = tiles.row_slot.numel()
+
+    def scattered(values: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        image = torch.full((rows * k,), 7.0, dtype=torch.bfloat16, device="cuda")
+        row_scale = torch.full((rows,), 7.0, device="cuda")
+        scatter_rows(values, image, row_scale, groups, local, unit, 1, **how)
+        return image, row_scale
+
+    image, _ = scattered(x, source=ScaleSource.NONE)
+    amax = torch.zeros(1, device="cuda")
+    image_amax(image, tiles, groups, unit, k, amax, of_batch=True)
+    of_rows = x[local >= 0].abs().amax(1).float()
+    assert amax.item() == of_rows[of_rows < torch.inf].amax().item()
+    scale = {"ROW": None, "BATCH": amax, "EXPERT": torch.rand(experts, device="cuda") + 0.01}[source]
+    staged, gs = torch.full_like(x, 7.0), torch.full((tokens,), 7.0, device="cuda")
+    by_expert = local if source == "EXPERT" else None
+    stage_rows(x, staged, gs, source=ScaleSource[source], scale=scale, local_ids=by_expert)
+    want, _ = scattered(staged, source=ScaleSource.NONE)
+    on_the_way, scales = scattered(x, source=ScaleSource[source], scale=scale)
+    in_place = torch.full_like(scales, 7.0)
+    quantize_image(image, in_place, tiles, groups, unit, k, ScaleSource[source], scale)
+    for got in (on_the_way, image):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    of_row = torch.where(tiles.row_slot >= 0, gs[tiles.row_slot.clamp(min=0)], 7.0)
+    assert torch.equal(scales, of_row)
+    assert torch.equal(in_place, of_row)
 
 
 def test_weights_are_those_that_were_packed():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,32 +16,42 @@ from dsv4.kernels.hopper import launch
 from dsv4.kernels.hopper.config import HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
+from dsv4.kernels.triton.routing import RowGroups
 from kernels.fake_driver import FakeDriver, installed
 
 STREAM = 0x5EED
-E, S, TILES, OFFSET = 3, 40, 7, 4608
-GATED = HopperConfig(16, 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True)
-PLAIN = HopperConfig(16, 1, 2, 3, 1, wide_out=True)
+E, S, TILES, GROUPS, OFFSET = 3, 40, 7, 5, 4608
+GATED = HopperConfig(8, (8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True)
+PLAIN = HopperConfig(16, (16, 32), 1, 2, 3, 1, wide_out=True)
 ROWS, DEPTH, MULTIPROCESSORS = 256, 512, 132
 
 
 def operands(config: HopperConfig) -> dict[str, Any]:
     """Arguments that fit ``config``."""
-    rows = TILES * config.tokens
+    rows = TILES * config.unit
     if config.gated:
         out = torch.zeros(rows * ROWS // 2, dtype=torch.bfloat16)
     else:
         out = torch.zeros(S, ROWS, dtype=torch.float32 if config.wide_out else torch.bfloat16)
+
+    def table(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=torch.int32)
+
     return {
         "image": torch.zeros(rows * DEPTH, dtype=torch.bfloat16),
         "row_scale": torch.zeros(rows),
         "experts": torch.zeros(E, OFFSET + matrix_bytes(ROWS, DEPTH), dtype=torch.uint8),
         "offset": OFFSET,
         "gs": torch.zeros(E, 2) if config.gated else torch.zeros(E),
-        "tiles": TileMap(
-            torch.zeros(rows, dtype=torch.int32),
-            torch.zeros(TILES, dtype=torch.int32),
-            torch.zeros(1, dtype=torch.int32),
+        "tiles": TileMap(table(rows), table(TILES), table(1)),
+        "groups": RowGroups(
+            config.widths[-1],
+            slot_row=table(S),
+            tile_start=table(TILES),
+            tile_rows=table(TILES),
+            group_row=table(GROUPS + 1),
+            group_expert=table(GROUPS),
+            num_groups=table(1),
         ),
         "out": out,
         "rows": ROWS,
@@ -53,7 +64,7 @@ def operands(config: HopperConfig) -> dict[str, Any]:
 
 @pytest.fixture
 def driver(monkeypatch) -> Iterator[FakeDriver]:
-    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), f"entry_{config.tokens}"))
+    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), f"entry_{config.unit}"))
     driver = FakeDriver(launch.GEMM_SIGNATURE)
     with installed(driver, STREAM):
         yield driver
@@ -65,12 +76,14 @@ def test_every_argument_of_a_launch(driver, config):
     o = operands(config)
     launch.grouped_gemm(config, **o)
     (got,) = driver.launches
-    assert (got.cubin, got.entry, got.stream) == (repr(config).encode(), "entry_16", STREAM)
+    assert (got.cubin, got.entry, got.stream) == (repr(config).encode(), f"entry_{config.unit}", STREAM)
     tiles_along_n = ROWS // (64 * config.warpgroups)
-    assert got.grid == (TILES * tiles_along_n, 1, 1)
+    assert got.grid == (GROUPS * tiles_along_n, 1, 1)
     assert got.block == (config.warpgroups * 128 + 32, 1, 1)
-    ring = config.stages * (config.blocks * (config.warpgroups * 4608 + 16 * 256) + 2 * 8)
-    assert ring <= got.shared <= ring + 1024  # the start is rounded up to 1024
+    most = config.widths[-1]
+    ring = config.stages * (config.blocks * (config.warpgroups * 4608 + most * 256) + 2 * 8)
+    tables = 2 * most * 8  # slots and factors of a group's rows, of this one and the next
+    assert ring + tables <= got.shared <= ring + tables + 1024  # the start is rounded up to 1024
     assert got.attributes == {8: got.shared, 9: 100}  # CUfunction_attribute: the most shared memory, carve-out
     assert got.launch_attributes == []
     pointers = [
@@ -78,8 +91,9 @@ def test_every_argument_of_a_launch(driver, config):
         o["image"].data_ptr(),
         o["gs"].data_ptr(),
         o["tiles"].row_slot.data_ptr(),
-        o["tiles"].tile_expert.data_ptr(),
-        o["tiles"].num_tiles.data_ptr(),
+        o["groups"].group_expert.data_ptr(),
+        o["groups"].group_row.data_ptr(),
+        o["groups"].num_groups.data_ptr(),
         o["row_scale"].data_ptr(),
         o["topk_weights"].data_ptr(),
         o["out"].data_ptr(),
@@ -97,7 +111,7 @@ def test_what_is_not_given_is_null(driver):
     """Operands that the configuration does not read may be missing; no limit is zero."""
     launch.grouped_gemm(PLAIN, **operands(PLAIN) | {"row_scale": None, "topk_weights": None, "limit": None})
     arguments = driver.launches[0].arguments
-    assert (arguments[6], arguments[7], arguments[12]) == (0, 0, 0.0)
+    assert (arguments[7], arguments[8], arguments[13]) == (0, 0, 0.0)
 
 
 def test_programmatic_dependent_launch(driver):
@@ -118,13 +132,22 @@ def shorter(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten()[:-1]
 
 
+def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    """Changes attributes of an operand made of several tensors."""
+
+    def change(o: dict[str, Any]) -> None:
+        o[name] = replace(o[name], **{key: new(getattr(o[name], key)) for key, new in changes.items()})
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("config", "name", "change"),
     [
         (GATED, "matrix", lambda o: o.update(rows=192)),
         (GATED, "matrix", lambda o: o.update(k=448)),
         (PLAIN, "matrix", lambda o: o.update(k=384)),
-        (HopperConfig(16, 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
+        (HopperConfig(16, (16,), 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
         (GATED, "experts", lambda o: o.update(experts=o["experts"].to(torch.int8))),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, 16:])),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, ::2])),
@@ -133,7 +156,15 @@ def shorter(tensor: torch.Tensor) -> torch.Tensor:
         (GATED, "image", lambda o: o.update(image=o["image"].float())),
         (GATED, "gs", lambda o: o.update(gs=o["gs"][:, 0])),
         (PLAIN, "gs", lambda o: o.update(gs=shorter(o["gs"]))),
-        (GATED, "row_slot", lambda o: o.update(tiles=TileMap(shorter(o["tiles"].row_slot), *rest(o)))),
+        (GATED, "row_slot", tables("tiles", row_slot=shorter)),
+        (GATED, "group_expert", tables("groups", group_expert=lambda t: t.long())),
+        (GATED, "group_expert", tables("groups", group_expert=lambda t: t[::2])),
+        (GATED, "groups", tables("groups", rows=lambda rows: 16)),
+        (GATED, "groups", tables("groups", rows=lambda rows: 48)),
+        (GATED, "group_row", tables("groups", group_row=lambda t: t[:1])),
+        (GATED, "group_row", tables("groups", group_row=lambda t: t[::2])),
+        (PLAIN, "num_groups", tables("groups", num_groups=lambda t: t.long())),
+        (PLAIN, "num_groups", tables("groups", num_groups=lambda t: t[:0])),
         (GATED, "row_scale", lambda o: o.update(row_scale=None)),
         (GATED, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
         (GATED, "topk_weights", lambda o: o.update(topk_weights=None)),
@@ -151,10 +182,6 @@ def test_what_does_not_fit_is_refused(driver, config, name, change):
     with pytest.raises(InputError, match=name):
         launch.grouped_gemm(config, **o)
     assert not driver.launches
-
-
-def rest(o: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    return o["tiles"].tile_expert, o["tiles"].num_tiles
 
 
 @pytest.mark.parametrize(

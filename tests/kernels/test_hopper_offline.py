@@ -16,6 +16,7 @@ from dsv4.backends.hopper import TILINGS, HopperBackend
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper import launch
 from dsv4.kernels.hopper.packing import pack
+from dsv4.kernels.triton.stages import ScaleSource
 from kernels.fake_driver import FakeDriver, installed
 from kernels.fake_driver import Launch as GemmLaunch
 from kernels.offline import Launch, recorded, sass
@@ -29,6 +30,15 @@ MODES: dict[str, dict[str, Any]] = {
     "per-expert": {"l1_scale_policy": "per_expert", "route_weight": "before_down"},
     "input": {"activation_format": "bf16", "route_weight": "input", "top_k": 1},
     "invariant": {"activation_format": "bf16", "batch_invariant": True},
+}
+SCALED_BY = {
+    "w4a16": ScaleSource.NONE,
+    "static": ScaleSource.GIVEN,
+    "token": ScaleSource.ROW,
+    "tensor": ScaleSource.BATCH,
+    "per-expert": ScaleSource.EXPERT,
+    "input": ScaleSource.NONE,
+    "invariant": ScaleSource.NONE,
 }
 
 
@@ -64,25 +74,42 @@ def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tupl
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
 def test_two_products_hand_over_an_image(line, mode):
-    """Every line, every mode: operands fit (or the launcher refuses), GEMM 2 multiplies what GEMM 1 wrote, each token
-    has a scale of its own where activations are quantized, and the routing weight where it acts in GEMM 1."""
+    """Every line, every mode: operands fit (or the launcher refuses), GEMM 1 multiplies what was scattered and GEMM 2
+    what GEMM 1 wrote, each token has a scale of its own where activations are quantized, and the routing weight where
+    it acts in GEMM 1. Around the products are the stages meant, in order."""
     top_k = MODES[mode].get("top_k", K)
     tokens, experts = largest_call(TILINGS, line, top_k)
     h, i = 256, 384
     (first, second), stages = launches(tokens, experts, h, i, **MODES[mode])
-    assert f"tokens={line.gemm1[0]}," in first.cubin.decode()
+    for product in (first, second):
+        assert f"unit={line.unit}, widths={line.widths}," in product.cubin.decode()
+        assert product.launch_attributes == [(6, 1)]  # it may begin before what it waits for has ended
+    assert first.arguments[3:7] == second.arguments[3:7]  # one schedule
     assert "gated=True" in first.cubin.decode()
     assert "gated=False" in second.cubin.decode()
-    assert first.arguments[8] == second.arguments[1]
-    assert (first.arguments[10], second.arguments[10]) == (h // 128, i // 128)
+    assert first.arguments[9] == second.arguments[1]
+    assert (first.arguments[11], second.arguments[11]) == (h // 128, i // 128)
     quantized = MODES[mode].get("activation_format") != "bf16"
     for product in (first, second):
-        assert bool(product.arguments[6]) or not quantized
+        assert bool(product.arguments[7]) or not quantized
         assert f"row_scale={quantized}" in product.cubin.decode()
     assert f"weighted={mode == 'per-expert'}" in first.cubin.decode()
-    assert first.arguments[12] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
+    assert first.arguments[13] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
     assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
-    assert stages[-1].kernel.__name__ == "_combine"
+    names = [stage.kernel.fn.__name__ for stage in stages]
+    of_batch = mode == "tensor"
+    assert names[names.index("_place") :] == [
+        "_place",
+        *(["_batch_amax"] if of_batch else []),
+        "_scatter_rows",
+        *(["_image_amax"] if of_batch else []),
+        *(["_quantize_image"] if quantized else []),
+        "_combine",
+    ]
+    scatter = stages[names.index("_scatter_rows")].arguments
+    assert scatter["image"].data_ptr() == first.arguments[1]
+    assert scatter["SOURCE"] == SCALED_BY[mode]
+    assert scatter["HAS_WEIGHT"] == (mode == "input")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -16,16 +12,14 @@ from dsv4.kernels.hopper.layout import matrix_bytes, pack_matrix
 from dsv4.kernels.triton import packing as portable
 from dsv4.kernels.triton.weight_layout import Matrix
 from dsv4.nvfp4 import unpack_nibbles
+from kernels.interpreter import run
 
 EXPERTS, OFFSET, AFTER = 2, 256, 16
 
 
 def test_packed_bytes():
     """Both orders of rows, an odd number of blocks, and (portable) sizes that are no multiples of anything."""
-    # The interpreter is chosen when Triton is imported: a process of its own.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(__file__)
 
 
 def random_matrix(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

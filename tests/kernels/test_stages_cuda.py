@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsv4.config import capacity
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from dsv4.ops.routing import route as route_twin
@@ -16,24 +15,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 if torch.cuda.is_available():
     from dsv4.kernels.triton import packing, stages
-    from dsv4.kernels.triton.grouped_gemm import TileMap
-    from dsv4.kernels.triton.routing import RoutingBuffers, histogram_size, route
+    from dsv4.kernels.triton.routing import route
     from dsv4.kernels.triton.stages import ScaleSource
     from dsv4.kernels.triton.weight_layout import Matrix
+    from kernels.row_groups import assert_filled, expected, poisoned_buffers
 
 DEVICE = torch.device("cuda")
-POISON = 0x5A5A5A5A
-
-
-def routing_buffers(slots: int, experts: int, tile: int) -> RoutingBuffers:
-    def poison(n: int) -> torch.Tensor:
-        return torch.full((n,), POISON, dtype=torch.int32, device=DEVICE)
-
-    rows = capacity(slots, experts, tile)
-    tiles = TileMap(poison(rows), poison(rows // tile), poison(1))
-    return RoutingBuffers(
-        poison(slots), tiles, poison(histogram_size(slots, experts)), torch.full((2,), torch.nan, device=DEVICE)
-    )
 
 
 @pytest.mark.parametrize("tile", [16, 64, 128])
@@ -59,7 +46,7 @@ def test_routing_tables(tokens, top_k, experts, tile):
         ((torch.arange(tokens * top_k, device=DEVICE) // (tile + 1) % experts).view(tokens, top_k), 0, None, None),
     ]
     for ids, start, expert_map, valid in cases:
-        got = routing_buffers(ids.numel(), experts, tile)
+        got = poisoned_buffers(ids.numel(), experts, tile, device=DEVICE)
         route(ids, experts, tile, got, start=start, expert_map=expert_map, num_valid_tokens=valid)
         local = local_expert_ids(ids, experts, start, expert_map, valid)
         want = route_twin(local, experts, tile)
@@ -68,6 +55,28 @@ def test_routing_tables(tokens, top_k, experts, tile):
         assert torch.equal(got.tiles.tile_expert, want.tile_expert)
         assert got.tiles.num_tiles.item() == (want.tile_expert >= 0).sum().item()
         assert got.amax.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("unit", "most"), [(8, 8), (8, 32), (16, 128)])
+@pytest.mark.parametrize("experts", [7, 256, 384])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (11, 6), (171, 6), (2048, 6)])
+def test_row_groups(tokens, top_k, experts, unit, most):
+    """Every entry that is read equals a loop's: uniform, skewed, dropped, and as many groups as there can be."""
+    slots = tokens * top_k
+    generator = torch.Generator(DEVICE).manual_seed(tokens + experts)
+    uniform = torch.randint(-1, experts, (tokens, top_k), device=DEVICE, generator=generator)
+    cases = (
+        uniform,
+        uniform.where(uniform % 3 > 0, experts - 1),
+        torch.full_like(uniform, -1),
+        (torch.arange(slots, device=DEVICE) // (most + 1) % experts).view(tokens, top_k),
+    )
+    for ids in cases:
+        got = poisoned_buffers(slots, experts, unit, most, DEVICE)
+        want = expected(ids.flatten().tolist(), experts, unit, most)
+        route(ids, experts, unit, got)
+        assert_filled(got.groups, want)
+        assert got.tiles.row_slot[: len(want.row_slot)].tolist() == want.row_slot
 
 
 def staged_twin(x: torch.Tensor, gs: torch.Tensor) -> torch.Tensor:

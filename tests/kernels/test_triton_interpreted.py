@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
+from kernels.interpreter import run
+
 QUANTIZE = "tests/ops/test_quantize.py::"
 SWIZZLED = "tests/ops/test_quantize_swizzled.py::"
 LAYOUTS = "tests/ops/test_layouts.py::"
@@ -30,8 +26,4 @@ TESTS = [
 
 def test_public_functions_on_interpreted_kernels():
     """Bytes of the oracle, places of the formula: the same tests as in plain torch, every kernel launched."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "kernels.interpreted", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("-m", "pytest", "-p", "kernels.interpreted", "-p", "no:cacheprovider", *TESTS)
