@@ -25,6 +25,9 @@ from dsv4.workspace import BufferPlan
 if TYPE_CHECKING:
     from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups
 
+FEW_TOKENS = 64
+"""Calls of up to so many tokens scatter them to their rows, others gather them."""
+
 _MULTIPLE = 128
 """H and I are multiples of it: whole blocks of weights."""
 
@@ -47,8 +50,8 @@ class Tiling:
     gemm2: tuple[int, int, int, int]
 
 
-# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets. A tiling is written
-# as widths: warpgroups, K blocks, stages, programs.
+# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets. A tiling is
+# written as widths: warpgroups, K blocks, stages, programs.
 #   T = 1 [19], 2 [37]: 8: 1,2,4,4 36, 54; 1,1,8,4 37; 2,2,5,2 41, 54. T = 4 [74]: 8: 2,2,3,3 90; 1,2,4,4 92.
 #   T = 8 [142], 64 [639]: 8: 2,2,5,2 168, 732; 2,2,3,3 173, 749; 1,2,4,4 742; 4,1,5,2 755.
 #   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
@@ -212,10 +215,10 @@ class HopperBackend(PortableBackend):
     ) -> None:
         """Tokens to their rows, GEMM 1, SwiGLU: the image ``act``."""
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import scatter_rows
-        from dsv4.kernels.triton.stages import ScaleSource, batch_amax
+        from dsv4.kernels.hopper.stages import gather_rows, quantize_image, scatter_rows
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
 
-        cfg = self.config
+        cfg, x = self.config, call.hidden_states
         input_weights = call.topk_weights if cfg.route_weight == "input" else None
         source, scale = ScaleSource.NONE, None
         if quantize:
@@ -224,17 +227,27 @@ class HopperBackend(PortableBackend):
                 given = call.input_scales.l1 if per_slot else call.input_scales.l1_merged
             source, scale = self._scale_source(call, given, tables, 0)
             if source is ScaleSource.BATCH:
-                batch_amax(call.hidden_states, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
-        row_scale = views["row_scale"] if quantize else None
-        scatter_rows(
-            call.hidden_states, views["x_image"], views["row_scale"], groups, tables.local_ids, tiling.unit, cfg.top_k,
-            source=source, scale=scale, weights=input_weights, dependent=True,
-        )  # fmt: skip
+                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
+        image, row_scale = views["x_image"], views["row_scale"]
+        if x.shape[0] <= FEW_TOKENS:
+            scatter_rows(
+                x, image, row_scale, groups, tables.local_ids, tiling.unit, cfg.top_k, source=source, scale=scale,
+                weights=input_weights, dependent=True,
+            )  # fmt: skip
+        else:
+            x_scale, staged = None, ScaleSource.NONE if source is ScaleSource.EXPERT else source
+            if input_weights is not None or staged is not ScaleSource.NONE:
+                rows, scales = views["x_staged"][: x.shape[0]], views["x_scale"][: x.shape[0]]
+                stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
+                x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
+            gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, tiling.unit, cfg.top_k)
+            if source is ScaleSource.EXPERT:
+                quantize_image(image, row_scale, tables.tiles, groups, tiling.unit, cfg.hidden_size, source, scale)
         grouped_gemm(
-            replace(_gemm1_config(cfg, tiling), row_scale=quantize), views["x_image"], row_scale, packed.experts, 0,
-            packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size, k=cfg.hidden_size,
-            multiprocessors=self._multiprocessors, limit=cfg.swiglu_limit, topk_weights=call.topk_weights,
-            dependent=True,
+            replace(_gemm1_config(cfg, tiling), row_scale=quantize), image, row_scale if quantize else None,
+            packed.experts, 0, packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size,
+            k=cfg.hidden_size, multiprocessors=self._multiprocessors, limit=cfg.swiglu_limit,
+            topk_weights=call.topk_weights, dependent=True,
         )  # fmt: skip
 
 
@@ -277,6 +290,7 @@ def _plan(config: MoEConfig) -> BufferPlan:
     rows = max(capacity(s, e, t.unit) for t, s in served)
     row_tiles = max(capacity(s, e, t.unit) // t.unit for t, s in served)
     groups = max(capacity(s, e, t.widths[-1]) // t.widths[-1] for t, s in served)
+    staged = config.max_num_tokens * h if config.quantizes_activations or config.route_weight == "input" else 0
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "local_ids": ((slots,), torch.int32),
         "row_slot": ((rows,), torch.int32),
@@ -291,9 +305,12 @@ def _plan(config: MoEConfig) -> BufferPlan:
         "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),
         "row_scale": ((rows,), torch.float32),
-        "act": ((rows * i,), torch.bfloat16),
+        "x_scale": ((config.max_num_tokens,), torch.float32),
+        "act": ((max(rows * i, staged),), torch.bfloat16),
         "x_image": ((rows * h,), torch.bfloat16),
     }
     # GEMM 1's operand is dead before GEMM 2's rows are written; one plan serves both where rows >= slots.
     down = ((slots, h), torch.float32 if config.batch_invariant else torch.bfloat16)
-    return BufferPlan(buffers, {"down": ("x_image", down)})
+    # Tokens are staged, and gathered, before GEMM 1 writes.
+    x_staged = ((staged // h, h), torch.bfloat16)
+    return BufferPlan(buffers, {"down": ("x_image", down), "x_staged": ("act", x_staged)})

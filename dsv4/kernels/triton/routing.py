@@ -26,7 +26,6 @@ ONE_LAUNCH_SLOTS = 1024
 _MANY_SLOTS = 16384
 _SMALL_CHUNK, _CHUNK, _LARGE_CHUNK = 16, 128, 256
 _HISTOGRAM_TILE = 4096
-_LANES = tl.constexpr(16)
 _FILL = tl.constexpr(1024)
 
 
@@ -104,6 +103,8 @@ def _place(
     OWN: tl.constexpr,  # experts whose padding a program writes
     P: tl.constexpr,
     GROUP: tl.constexpr,  # most tiles of a row group, 0 for no groups
+    PAD_LANES: tl.constexpr,  # rows of padding, and tiles of an expert, written at a time
+    TILE_LANES: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     begin = chunk * CHUNK
@@ -155,9 +156,9 @@ def _place(
     expert = tl.where(own < BINS, own, 0)
     pad_start = tl.gather(row_start + total, expert, 0)
     pad_end = tl.where(own < BINS, tl.gather(tile_end * P, expert, 0), 0)
-    for first in range(0, P, _LANES):
-        pad = pad_start[:, None] + first + tl.arange(0, _LANES)[None, :]
-        tl.store(row_slot + pad, tl.full((OWN, _LANES), -1, tl.int32), mask=pad < pad_end[:, None])
+    for first in range(0, P, PAD_LANES):
+        pad = pad_start[:, None] + first + tl.arange(0, PAD_LANES)[None, :]
+        tl.store(row_slot + pad, tl.full((OWN, PAD_LANES), -1, tl.int32), mask=pad < pad_end[:, None])
     if GROUP:
         # As few groups as hold an expert's tiles, and those of one size, but the last.
         groups = (tiles + GROUP - 1) // GROUP
@@ -168,8 +169,8 @@ def _place(
         size = tl.maximum((count + (count + GROUP - 1) // GROUP - 1) // tl.maximum((count + GROUP - 1) // GROUP, 1), 1)
         most = tl.max(count, 0)
         count, size, owner = count[:, None], size[:, None], expert[:, None]
-        for first in range(0, most, _LANES):
-            tile = first + tl.arange(0, _LANES)[None, :]
+        for first in range(0, most, TILE_LANES):
+            tile = first + tl.arange(0, TILE_LANES)[None, :]
             real = tile < count
             group = tile // size
             start = (first_tile + group * size) * P
@@ -327,5 +328,7 @@ def route(
         *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *grouped, *sizes, rows, rows // row_tile, chunks,
         **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=triton.next_power_of_2(triton.cdiv(bins, chunks)),
-        P=row_tile, GROUP=groups.rows // row_tile if groups else 0, num_warps=config.num_warps,
+        P=row_tile, GROUP=groups.rows // row_tile if groups else 0, PAD_LANES=min(row_tile, 16),
+        # A program that writes for all experts has many of them and few slots: an expert's tiles are one or two.
+        TILE_LANES=16 if config.count_first else 2, num_warps=config.num_warps,
     )  # fmt: skip
