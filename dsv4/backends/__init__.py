@@ -8,7 +8,9 @@ import os
 import torch
 
 from dsv4.backends.base import Backend, Call, InputScales, Packed, Verdict
+from dsv4.backends.blackwell import BlackwellBackend
 from dsv4.backends.hopper import HopperBackend
+from dsv4.backends.library import LibraryBackend
 from dsv4.backends.portable import PortableBackend
 from dsv4.backends.proof import prove
 from dsv4.backends.reference import ReferenceBackend
@@ -19,9 +21,16 @@ __all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "c
 
 _log = logging.getLogger("dsv4")
 
-BACKENDS: tuple[type[Backend], ...] = (PortableBackend, ReferenceBackend, HopperBackend)
+BACKENDS: tuple[type[Backend], ...] = (
+    PortableBackend,
+    ReferenceBackend,
+    HopperBackend,
+    BlackwellBackend,
+    LibraryBackend,
+)
 """In the order in which ``auto`` tries them: fastest first. The reference can always be used, so ``auto`` never takes
-what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU."""
+what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU, the
+Blackwell kernels until they have run on one at all, a library because its numbers are not these."""
 
 
 def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:

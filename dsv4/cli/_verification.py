@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.backends import explain_all
+from dsv4 import backends
+from dsv4.backends.proof import QUANTIZED_TOLERANCE
 from dsv4.checkpoints.base import LayerWeights
 from dsv4.checkpoints.checkpoint import Checkpoint
 from dsv4.checkpoints.naming import PROJECTIONS
@@ -139,7 +140,7 @@ def verify_checkpoint(checkpoint: Checkpoint, plan: Plan, advance: Callable[[], 
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "versions": versions(),
-        "backends": {name: verdict.reason for name, verdict in explain_all(config, device).items()},
+        "backends": {name: verdict.reason for name, verdict in backends.explain_all(config, device).items()},
         "results": results,
         "passed": all(verdicts),
     }
@@ -170,6 +171,7 @@ def verify_layer(checkpoint: Checkpoint, layer: int, plan: Plan) -> list[dict[st
         on_missing_input_scale="error" if usable else "ignore",
     )
     results = []
+    declined = _declined_modes(checkpoint, wanted, plan)
     for name in plan.modes:
         entry: dict[str, Any] = {"layer": layer, "mode": name, "experts": ids}
         if weights.recoded is not None:
@@ -177,8 +179,32 @@ def verify_layer(checkpoint: Checkpoint, layer: int, plan: Plan) -> list[dict[st
         if MODES[name].activation_format == "nvfp4" and MODES[name].activation_scale == "static" and not usable:
             results.append(entry | {"skipped": "not every expert has a usable input scale"})
             continue
+        if name in declined:
+            results.append(entry | {"skipped": declined[name]})
+            continue
         results.append(entry | _Verification(checkpoint, weights, MODES[name], plan).run())
     return results
+
+
+def _declined_modes(checkpoint: Checkpoint, num_experts: int, plan: Plan) -> dict[str, str]:
+    """What the backend asked for by name does not do, and why; nothing if it does none of it: then that is an error."""
+    backend = next((b for b in backends.BACKENDS if b.name == plan.backend), None)
+    if backend is None:
+        return {}
+    shape, reasons = checkpoint.shape, {}
+    for name in plan.modes:
+        mode = MODES[name]
+        config = MoEConfig(
+            num_experts,
+            shape.hidden_size,
+            shape.intermediate_size,
+            activation_format=mode.activation_format,
+            activation_scale=mode.activation_scale,
+        )
+        verdict = backend.explain(config, plan.device)
+        if not verdict.usable:
+            reasons[name] = f"{plan.backend}: {verdict.reason}"
+    return reasons if len(reasons) < len(plan.modes) else {}
 
 
 class _Verification:
@@ -206,6 +232,7 @@ class _Verification:
     def run(self) -> dict[str, Any]:
         weights = self._weights
         single = self._layer(top_k=1)
+        self._library = any(b.name == single.backend_name and _has_library_numerics(b) for b in backends.BACKENDS)
         stages = {
             "gate": self._operand_stage(single, with_constant(weights, 1)),
             "up": self._operand_stage(single, with_constant(weights, 0)),
@@ -214,11 +241,21 @@ class _Verification:
         }
         layer = self._layer(self._top_k)
         stages["output"] = self._output_stage(layer)
-        return {
+        library = {"numerics": "library", "bar": self._bar} if self._library else {}
+        return library | {
             "backend": layer.backend_name,
             "stages": {name: asdict(stages[name]) for name in STAGES},
             "passed": all(stage.passed for stage in stages.values()),
         }
+
+    @property
+    def _bar(self) -> float:
+        """A library that rounds gate and up to bf16 is held to what its self-check holds it to."""
+        return QUANTIZED_TOLERANCE if self._library else BAR
+
+    def _judged(self, error: float) -> Stage:
+        finite = math.isfinite(error)
+        return Stage(error if finite else None, finite and error <= self._bar)
 
     # Stages.
 
@@ -259,7 +296,7 @@ class _Verification:
         candidates = (rows * self._topk_weights.double().unsqueeze(2)).sum(dim=2)
         want = _nearest_rows(candidates, out)
         errors = [_relative_l2(out[part], want[part]) for part in (self._loud, ~self._loud) if part.any()]
-        return _judged(max(errors, key=_order))
+        return self._judged(max(errors, key=_order))
 
     def _slot_stage(self, got: Tensor, want: Tensor) -> Stage:
         """The worst of all experts, loud tokens apart from the others."""
@@ -270,7 +307,7 @@ class _Verification:
                 error = _relative_l2(got[rows], want[rows])
                 if _order(error) > _order(worst):
                     worst, where = error, expert
-        return replace(_judged(worst), expert=self._weights.experts[where])
+        return replace(self._judged(worst), expert=self._weights.experts[where])
 
     # Running the backend.
 
@@ -364,6 +401,6 @@ def _order(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _judged(error: float) -> Stage:
-    finite = math.isfinite(error)
-    return Stage(error if finite else None, finite and error <= BAR)
+def _has_library_numerics(backend: type[backends.Backend]) -> bool:
+    """Whether its rounding points are a library's own (:mod:`dsv4.backends.library`)."""
+    return getattr(backend, "library_numerics", False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dsv4 import backends
-from dsv4.backends import reference
+from dsv4.backends import Verdict, reference
 from dsv4.backends.reference import ReferenceBackend
 from dsv4.cli.app import app
 from dsv4.ops.activation import clamped_swiglu
@@ -295,6 +295,63 @@ def test_a_backend_that_raises(tmp_path, monkeypatch):
     (entry, *_) = json.loads((tmp_path / "report.json").read_text())["results"]
     assert entry["stages"]["output"]["problem"] == "RuntimeError: illegal instruction"
     assert [entry["stages"][name]["passed"] for name in STAGES] == [True] * 4 + [False]
+
+
+class SomeModes(ReferenceBackend):
+    """Multiplies quantized activations alone."""
+
+    name = "some-modes"
+
+    @classmethod
+    def explain(cls, config, device):
+        return Verdict(config.quantizes_activations, "multiplies codes by codes")
+
+
+def test_modes_that_a_backend_declines_are_skipped(monkeypatch):
+    """One asked for by name is verified in the modes it has; the others carry its reason. Without any it is refused."""
+    monkeypatch.setattr(backends, "BACKENDS", (ReferenceBackend, SomeModes))
+    found = document(MODEL, "--layers", "1", "--backend", "some-modes")
+    w4a16, *others = found["results"]
+    assert w4a16["skipped"] == "some-modes: multiplies codes by codes"
+    assert [entry["backend"] for entry in others] == ["some-modes"] * len(others)
+    assert found["passed"] is True
+    result = verify(MODEL, "--layers", "1", "--backend", "some-modes", "--mode", "w4a16")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: backend=some-modes cannot be used on cpu")
+
+
+@pytest.mark.parametrize("name", ["blackwell", "library"])
+def test_without_the_chip_one_line_says_so(name):
+    """What a kernel for another chip answers to anybody else."""
+    result = verify(MODEL, "--backend", name, "--device", "cpu")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: backend={name} cannot be used on cpu: ")
+    assert "compute capability 10.0" in line
+
+
+def test_library_numerics_are_shown_and_held_to_their_own_bar(monkeypatch):
+    """Errors above the contract's bar and below the library's pass, labelled, with the largest of them; the same errors
+    without the label do not."""
+
+    class Noisy(ReferenceBackend):
+        name = "noisy"
+        library_numerics = True
+
+        def _gemm2(self, *arguments):
+            rows = super()._gemm2(*arguments)
+            return rows * (1 + 1e-2 * (torch.arange(rows.shape[1]) % 2))
+
+    monkeypatch.setattr(backends, "BACKENDS", (Noisy,))
+    result = verify(MODEL, "--layers", "1", "--mode", "w4a4-token")
+    assert result.exit_code == 0
+    assert "noisy has library numerics: at most" in result.stdout.replace("\n", " ")
+    assert "0.05 for library numerics" in result.stdout.replace("\n", " ")
+    (entry,) = document(MODEL, "--layers", "1", "--mode", "w4a4-token")["results"]
+    assert (entry["numerics"], entry["bar"]) == ("library", 0.05)
+    assert 3e-3 < entry["stages"]["down"]["error"] < 0.05
+    monkeypatch.setattr(Noisy, "library_numerics", False)
+    assert verify(MODEL, "--layers", "1", "--mode", "w4a4-token").exit_code == 1
 
 
 # The command.

@@ -151,3 +151,78 @@ def maximum(a, b):
 def wide(value):
     """A 32-bit index as a 64-bit address offset."""
     return Int64(value)
+
+
+def load_u32(address):
+    """Four bytes of global memory."""
+    return inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
+
+
+def store_b8(address, value):
+    """The lowest byte of a word to global memory."""
+    inline_ptx(
+        "{ .reg .b16 b; cvt.u16.u32 b, {$r1}; st.global.b8 [{$r0}], b; }", read_only_args=[address, Uint32(value)]
+    )
+
+
+def store_words(address, words):
+    """2, 4 or 8 words to global memory at once; 8 take sm_100, and the address is a multiple of their size."""
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}}], {{{names}}};", read_only_args=[address, *words])
+
+
+def divide(a, b):
+    """``a / b``, rounded to nearest."""
+    return inline_ptx("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def fused(a, b, c):
+    """``a * b + c``, rounded once."""
+    return inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
+def lesser(a, b):
+    """The smaller one; of a NaN and a number the number."""
+    return inline_ptx("min.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def e4m3_byte(value):
+    """The nearest e4m3 number, ties to even, saturating at 448; a NaN is 0x7F."""
+    return inline_ptx(
+        "{ .reg .b16 p; cvt.rn.satfinite.e4m3x2.f32 p, 0f00000000, {$r0}; cvt.u32.u16 {$w0}, p; }",
+        write_only_types=[Uint32],
+        read_only_args=[value],
+    )
+
+
+def e4m3_value(byte):
+    """Of the lowest byte of a word."""
+    return inline_ptx(
+        "{ .reg .b16 p, h; .reg .b32 d; cvt.u16.u32 p, {$r0}; cvt.rn.f16x2.e4m3x2 d, p; cvt.u16.u32 h, d; "
+        "cvt.f32.f16 {$w0}, h; }",
+        write_only_types=[Float32],
+        read_only_args=[byte],
+    )
+
+
+def tmem_columns(address, count):
+    """``count`` consecutive fp32 columns of the calling thread's lane of tensor memory: 32, loaded and waited for.
+
+    One instruction sequence, so that nothing can use the registers before they are there.
+    """
+    names = ", ".join(f"{{$w{i}}}" for i in range(count))
+    return inline_ptx(
+        f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {{{names}}}, [{{$r0}}]; tcgen05.wait::ld.sync.aligned;",
+        write_only_types=[Float32] * count,
+        read_only_args=[address],
+    )
+
+
+def tmem_fence_before():
+    """What this thread did to tensor memory comes before what it signals from here on."""
+    inline_ptx("tcgen05.fence::before_thread_sync;")
+
+
+def tmem_fence_after():
+    """What this thread does to tensor memory from here on comes after what it waited for."""
+    inline_ptx("tcgen05.fence::after_thread_sync;")

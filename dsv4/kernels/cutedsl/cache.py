@@ -1,0 +1,110 @@
+"""Compiled kernels on disk: one file each, keyed by source, configuration and architecture, named with the DSL version.
+
+A warm cache needs neither the DSL nor a compiler. Files are written whole and moved into place, so that processes that
+compile the same kernel at the same time both leave a good one. A file begins with a digest of its name and contents;
+one that does not fit (damaged, or another kernel's file under this name) is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import BackendError
+
+_DIGEST = 32
+
+
+def dsl_version() -> str | None:
+    """Of the installed CuTe DSL, without importing it."""
+    try:
+        return version("nvidia-cutlass-dsl")
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class KernelCache:
+    """The compiled kernels of one family.
+
+    Attributes:
+        name: of the family, and of its folder.
+        sources: files that a kernel is made from.
+        compiler: ``(configuration, architecture)`` to cubin and entry name; imports the DSL when it is called.
+    """
+
+    name: str
+    sources: Sequence[Path]
+    compiler: Callable[[Any, str], tuple[bytes, str]]
+
+    def folder(self) -> Path:
+        """``DSV4_CACHE_DIR``, or the user's cache directory."""
+        default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4"
+        return Path(os.environ.get("DSV4_CACHE_DIR", default)) / self.name
+
+    def key(self, config: Any, arch: str) -> str:
+        """Of a configuration under the present sources."""
+        digest = hashlib.sha256(f"{arch} {config!r}".encode())
+        for path in self.sources:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:32]
+
+    def lookup(self, config: Any, arch: str) -> tuple[bytes, str] | None:
+        """Cubin and entry name from disk: of the installed DSL's version, or of any where none is installed."""
+        pattern = f"{self.key(config, arch)}-{dsl_version() or '*'}.kernel"
+        for path in sorted(self.folder().glob(pattern)):
+            try:
+                content = path.read_bytes()
+            except OSError:
+                continue
+            digest, payload = content[:_DIGEST], content[_DIGEST:]
+            if _digest(path.name, payload) == digest:
+                entry, _, cubin = payload.partition(b"\0")
+                return cubin, entry.decode()
+        return None
+
+    def load(self, config: Any, arch: str) -> tuple[bytes, str]:
+        """Cubin and entry name: from disk, else compiled, and kept where the directory can be written.
+
+        Raises:
+            BackendError: it is not on disk, and the DSL is not installed.
+        """
+        found = self.lookup(config, arch)
+        if found is not None:
+            return found
+        installed = dsl_version()
+        if installed is None:
+            raise BackendError(
+                f"no {arch} kernel for {config} in {self.folder()} and nvidia-cutlass-dsl is not installed: "
+                "pip install 'dsv4[cuda]', or set DSV4_CACHE_DIR to a cache compiled elsewhere"
+            )
+        cubin, entry = self.compiler(config, arch)
+        payload = entry.encode() + b"\0" + cubin
+        path = self.folder() / f"{self.key(config, arch)}-{installed}.kernel"
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next process a compilation
+            _write(path, _digest(path.name, payload) + payload)
+        return cubin, entry
+
+
+def _digest(name: str, payload: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + payload).digest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Beside it, then into its place; nothing is left behind where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,141 @@
+"""Scalar functions of the CuTe DSL kernels run on the host: schedule, addresses, and the epilogue's arithmetic.
+
+What is one PTX instruction on a GPU (division, fused multiplication, conversions) is the same operation in the host's
+arithmetic here; everything that is made of them is the kernels' own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import cutlass
+import torch
+from cutlass import Float32, Float64, Int32, Uint32, cute
+from cutlass.cute.runtime import from_dlpack
+from torch import Tensor
+
+from dsv4.kernels.cutedsl import epilogue, ptx, schedule
+from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
+
+
+def _lesser(a, b):
+    # A comparison is false for NaN: the number is the result.
+    return Float32(cutlass.select_(Float32(a) < Float32(b), Float32(a), Float32(b)))
+
+
+def _of_nan(a, b, first):
+    """``a`` or ``b``; a NaN in either is the result."""
+    a, b = Float32(a), Float32(b)
+    chosen = Float32(cutlass.select_(first, a, b))
+    return Float32(cutlass.select_((a == a) & (b == b), chosen, a + b))
+
+
+def _e4m3_byte(value):
+    """By integers: from 2^-6 on a step is one of the bits that are kept, ties to even; below it is 2^-9."""
+    value = _lesser(value, 448.0)
+    bits = value.bitcast(Uint32)
+    rounded = (bits + Uint32(0x7FFFF) + ((bits >> 20) & Uint32(1))) & Uint32(0xFFF00000)
+    subnormal = (value + 16384.0) - 16384.0
+    kept = Float32(cutlass.select_(value < 0.015625, subnormal, rounded.bitcast(Float32)))
+    return (kept * 2.0**-120).bitcast(Uint32) >> 20
+
+
+def _e4m3_value(byte):
+    value = ((Uint32(byte) & Uint32(0x7F)) << 20).bitcast(Float32) * 2.0**120
+    return Float32(cutlass.select_(Uint32(byte) == Uint32(0x7F), Float32(float("nan")), value))
+
+
+@contextmanager
+def host_arithmetic() -> Iterator[None]:
+    """PTX's instructions by the host's."""
+    with (
+        mock.patch.object(ptx, "divide", lambda a, b: Float32(a) / Float32(b)),
+        mock.patch.object(ptx, "fused", lambda a, b, c: Float32(Float64(a) * Float64(b) + Float64(c))),
+        mock.patch.object(ptx, "lesser", _lesser),
+        mock.patch.object(ptx, "minimum", lambda a, b: _of_nan(a, b, Float32(a) < Float32(b))),
+        mock.patch.object(ptx, "maximum", lambda a, b: _of_nan(a, b, Float32(a) > Float32(b))),
+        mock.patch.object(ptx, "reciprocal", lambda a: Float32(1.0) / Float32(a)),
+        mock.patch.object(ptx, "exponential2", lambda a: cute.math.exp2(Float32(a))),
+        mock.patch.object(ptx, "e4m3_byte", _e4m3_byte),
+        mock.patch.object(ptx, "e4m3_value", _e4m3_value),
+    ):
+        yield
+
+
+@cute.jit
+def _requantize(x: cute.Tensor, gs: cute.Tensor, words: cute.Tensor, scales: cute.Tensor, count: Int32):
+    for i in cutlass.range(count):
+        low, high, scale = epilogue.requantize([x[i, j] for j in range(16)], gs[i])
+        words[i, 0], words[i, 1], scales[i] = low.bitcast(Int32), high.bitcast(Int32), scale.bitcast(Int32)
+
+
+def requantize(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 ``[B, 16]`` under fp32 ``[B]`` -> ``(codes uint8 [B, 8], scale bytes uint8 [B])``."""
+    words, scales = torch.zeros(len(x), 2, dtype=torch.int32), torch.zeros(len(x), dtype=torch.int32)
+    with host_arithmetic():
+        _requantize(from_dlpack(x), from_dlpack(gs), from_dlpack(words), from_dlpack(scales), len(x))
+    return words.view(torch.uint8), scales.to(torch.uint8)
+
+
+@cute.jit
+def _swiglu(
+    gate: cute.Tensor, up: cute.Tensor, out: cute.Tensor, limit: Float32, limited: cutlass.Constexpr, count: Int32
+):
+    for i in cutlass.range(count):
+        out[i] = epilogue.swiglu(gate[i], up[i], limit if limited else None)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """fp32 ``[B]``."""
+    out = torch.zeros_like(gate)
+    with host_arithmetic():
+        _swiglu(*(from_dlpack(t) for t in (gate, up, out)), limit or 0.0, limit is not None, len(gate))
+    return out
+
+
+@cute.jit
+def _table(ends: cute.Tensor, table: cute.Tensor, num_experts: Int32, height: cutlass.Constexpr):
+    tiles = Int32(0)
+    scales = Int32(0)
+    for lane in cutlass.range(schedule.LANES):
+        chunk = schedule.chunk_ends(ends, num_experts, lane)
+        schedule.fill_chunk(table, chunk, lane, tiles, scales, height)
+        tiles += schedule.chunk_tiles(chunk, height)
+        scales += schedule.chunk_tiles(chunk, 128)
+
+
+@cute.jit
+def _located(table: cute.Tensor, out: cute.Tensor, column_tiles: Int32, total: Int32):
+    for tile in cutlass.range(total):
+        expert, row_tile, column_tile = schedule.locate(table, column_tiles, tile)
+        out[tile, 0], out[tile, 1], out[tile, 2] = expert, row_tile, column_tile
+
+
+def table_of(ends: Tensor, height: int) -> Tensor:
+    """int32 ``[MAX_EXPERTS + 1, 3]``: starts, row tiles and scale tiles before each expert."""
+    table = torch.full((3, MAX_EXPERTS + 1), -1, dtype=torch.int32).t()
+    _table(from_dlpack(ends), from_dlpack(table), len(ends), height)
+    return table
+
+
+def located(table: Tensor, column_tiles: int) -> Tensor:
+    """int32 ``[tiles, 3]``: expert, row tile and column tile of every number."""
+    total = int(table[-1, 1]) * column_tiles
+    out = torch.full((max(total, 1), 3), -1, dtype=torch.int32)
+    _located(from_dlpack(table), from_dlpack(out), column_tiles, total)
+    return out[:total]
+
+
+@cute.jit
+def _scale_offsets(out: cute.Tensor, columns: Int32, count: Int32):
+    for i in cutlass.range(count):
+        out[i] = schedule.scale_offset(i // columns, i % columns, columns)
+
+
+def scale_offsets(rows: int, columns: int) -> Tensor:
+    """int32 ``[rows, columns]``."""
+    out = torch.zeros(rows * columns, dtype=torch.int32)
+    _scale_offsets(from_dlpack(out), columns, rows * columns)
+    return out.view(rows, columns)
