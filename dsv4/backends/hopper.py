@@ -16,7 +16,7 @@ from dsv4.backends.base import Call, Packed, Verdict, packing_parts
 from dsv4.backends.portable import PortableBackend
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.hopper.cache import dsl_version, lookup
-from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.config import FEW_SLOTS, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
 from dsv4.nvfp4 import pack_nibbles
 from dsv4.weights import MoEWeights
@@ -24,6 +24,7 @@ from dsv4.workspace import BufferPlan
 
 if TYPE_CHECKING:
     from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups
+    from dsv4.kernels.triton.stages import ScaleSource
 
 FEW_TOKENS = 64
 """Calls of up to so many tokens scatter them to their rows, others gather them."""
@@ -177,13 +178,13 @@ class HopperBackend(PortableBackend):
         tiling = self._line(call.hidden_states.shape[0])
         tables, groups = self._schedule(call, views, tiling)
         self._activate(packed, call, views, tables, groups, tiling, quantize=False)
-        amax = torch.zeros(call.topk_ids.numel(), device=self.device)
+        amax = torch.zeros(call.topk_ids.numel(), dtype=torch.float32, device=self.device)
         image_amax(views["act"], tables.tiles, groups, tiling.unit, self.config.intermediate_size, amax, of_batch=False)
         return tables, amax
 
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
-        return (*(t.rows_per_expert * cfg.num_experts for t in TILINGS), FEW_TOKENS * cfg.top_k)
+        return (*(t.rows_per_expert * cfg.num_experts for t in TILINGS), FEW_SLOTS, FEW_TOKENS * cfg.top_k)
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
@@ -205,7 +206,7 @@ class HopperBackend(PortableBackend):
             views["group_expert"][:groups],
             views["num_groups"],
         )
-        return self._route(call, views, tiling.unit, schedule), schedule
+        return self._tables(call, views, tiling.unit, schedule), schedule
 
     def _activate(
         self,
@@ -217,10 +218,10 @@ class HopperBackend(PortableBackend):
         tiling: Tiling,
         quantize: bool,
     ) -> None:
-        """Tokens to their rows, GEMM 1, SwiGLU: the image ``act``."""
+        """Routing, tokens to their rows, GEMM 1, SwiGLU: the image ``act``."""
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import gather_rows, quantize_image, scatter_rows
-        from dsv4.kernels.triton.stages import ScaleSource, batch_amax, stage_rows
+        from dsv4.kernels.hopper.stages import route_and_scatter
+        from dsv4.kernels.triton.stages import ScaleSource, batch_amax
 
         cfg, x = self.config, call.hidden_states
         input_weights = call.topk_weights if cfg.route_weight == "input" else None
@@ -230,29 +231,57 @@ class HopperBackend(PortableBackend):
             if call.input_scales is not None:
                 given = call.input_scales.l1 if per_slot else call.input_scales.l1_merged
             source, scale = self._scale_source(call, given, tables, 0)
-            if source is ScaleSource.BATCH:
-                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
         image, row_scale = views["x_image"], views["row_scale"]
-        if x.shape[0] <= FEW_TOKENS:
-            scatter_rows(
-                x, image, row_scale, groups, tables.local_ids, tiling.unit, cfg.top_k, source=source, scale=scale,
-                weights=input_weights, dependent=True,
+        together = call.topk_ids.numel() <= FEW_SLOTS and source is not ScaleSource.BATCH
+        if together:
+            route_and_scatter(
+                call.topk_ids, x, tables, image, row_scale, cfg.num_experts, tiling.unit, source=source, scale=scale,
+                weights=input_weights, start=cfg.experts_start_idx, expert_map=call.expert_map,
+                num_valid_tokens=call.num_valid_tokens,
             )  # fmt: skip
         else:
-            x_scale, staged = None, ScaleSource.NONE if source is ScaleSource.EXPERT else source
-            if input_weights is not None or staged is not ScaleSource.NONE:
-                rows, scales = views["x_staged"][: x.shape[0]], views["x_scale"][: x.shape[0]]
-                stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
-                x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
-            gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, tiling.unit, cfg.top_k)
-            if source is ScaleSource.EXPERT:
-                quantize_image(image, row_scale, tables.tiles, groups, tiling.unit, cfg.hidden_size, source, scale)
+            self._fill(tables, call, tiling.unit)
+            if source is ScaleSource.BATCH:
+                batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
+            self._place_tokens(x, views, tables, groups, tiling.unit, source, scale, input_weights)
         grouped_gemm(
-            replace(_gemm1_config(cfg, tiling), row_scale=quantize), image, row_scale if quantize else None,
-            packed.experts, 0, packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size,
-            k=cfg.hidden_size, multiprocessors=self._multiprocessors, limit=cfg.swiglu_limit,
-            topk_weights=call.topk_weights, dependent=True,
+            replace(_gemm1_config(cfg, tiling), row_scale=quantize, follows_routing=together), image,
+            row_scale if quantize else None, packed.experts, 0, packed.l1_gs, tables.tiles, groups, views["act"],
+            rows=2 * cfg.intermediate_size, k=cfg.hidden_size, multiprocessors=self._multiprocessors,
+            limit=cfg.swiglu_limit, topk_weights=call.topk_weights, dependent=True,
         )  # fmt: skip
+
+    def _place_tokens(
+        self,
+        x: Tensor,
+        views: dict[str, Tensor],
+        tables: RoutingBuffers,
+        groups: RowGroups,
+        unit: int,
+        source: ScaleSource,
+        scale: Tensor | None,
+        input_weights: Tensor | None,
+    ) -> None:
+        """Tokens to their rows, quantized where ``source`` says so."""
+        from dsv4.kernels.hopper.stages import gather_rows, quantize_image, scatter_rows
+        from dsv4.kernels.triton.stages import ScaleSource, stage_rows
+
+        cfg, tokens = self.config, x.shape[0]
+        image, row_scale = views["x_image"], views["row_scale"]
+        if tokens <= FEW_TOKENS:
+            scatter_rows(
+                x, image, row_scale, groups, tables.local_ids, unit, cfg.top_k, source=source, scale=scale,
+                weights=input_weights, dependent=True,
+            )  # fmt: skip
+            return
+        x_scale, staged = None, ScaleSource.NONE if source is ScaleSource.EXPERT else source
+        if input_weights is not None or staged is not ScaleSource.NONE:
+            rows, scales = views["x_staged"][:tokens], views["x_scale"][:tokens]
+            stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
+            x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
+        gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, unit, cfg.top_k)
+        if source is ScaleSource.EXPERT:
+            quantize_image(image, row_scale, tables.tiles, groups, unit, cfg.hidden_size, source, scale)
 
 
 def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
@@ -274,13 +303,17 @@ def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
 
 def kernels(config: MoEConfig) -> list[HopperConfig]:
     """Every kernel that a layer may launch: what is compiled ahead of time."""
-    needed = []
+    needed, fewest = [], 0.0
     for tiling in TILINGS:
         gemm1 = _gemm1_config(config, tiling)
         gemm2 = _gemm2_config(config, tiling)
-        needed += [gemm1, gemm2, replace(gemm2, wide_out=True)]
+        firsts = [gemm1]
         if config.activation_scale == "calibrated" and config.quantizes_activations:
-            needed.append(replace(gemm1, row_scale=False))  # calibration multiplies what is not quantized
+            firsts.append(replace(gemm1, row_scale=False))  # calibration multiplies what is not quantized
+        if fewest < FEW_SLOTS:
+            firsts += [replace(first, follows_routing=True) for first in firsts]
+        needed += [*firsts, gemm2, replace(gemm2, wide_out=True)]
+        fewest = tiling.rows_per_expert * config.num_experts
     return needed
 
 

@@ -198,27 +198,36 @@ class PortableBackend:
 
     # Stages.
 
-    def _route(
+    def _tables(
         self, call: Call, views: dict[str, Tensor], row_tile: int, groups: RowGroups | None = None
     ) -> RoutingBuffers:
+        """Room for the tables of routing."""
         from dsv4.kernels.triton.grouped_gemm import TileMap
-        from dsv4.kernels.triton.routing import RoutingBuffers, route
+        from dsv4.kernels.triton.routing import RoutingBuffers
 
-        cfg = self.config
         slots = call.topk_ids.numel()
-        rows = capacity(slots, cfg.num_experts, row_tile)
-        tables = RoutingBuffers(
+        rows = capacity(slots, self.config.num_experts, row_tile)
+        return RoutingBuffers(
             views["local_ids"][:slots],
             TileMap(views["row_slot"][:rows], views["tile_expert"][: rows // row_tile], views["num_tiles"]),
             views["hist"],
             views["amax"],
             groups,
         )
+
+    def _route(self, call: Call, views: dict[str, Tensor], row_tile: int) -> RoutingBuffers:
+        tables = self._tables(call, views, row_tile)
+        self._fill(tables, call, row_tile)
+        return tables
+
+    def _fill(self, tables: RoutingBuffers, call: Call, row_tile: int) -> None:
+        from dsv4.kernels.triton.routing import route
+
+        cfg = self.config
         route(
             call.topk_ids, cfg.num_experts, row_tile, tables, start=cfg.experts_start_idx, expert_map=call.expert_map,
             num_valid_tokens=call.num_valid_tokens,
         )  # fmt: skip
-        return tables
 
     def _gemm1(
         self,

@@ -53,7 +53,8 @@ ALWAYS = a_selection()
 
 
 def name(config: HopperConfig) -> str:
-    flags = [f for f in ("gated", "wide_out", "row_scale", "weighted", "limited") if getattr(config, f)]
+    options = ("gated", "wide_out", "row_scale", "weighted", "limited", "follows_routing")
+    flags = [f for f in options if getattr(config, f)]
     widths = ".".join(str(w) for w in config.widths)
     return "-".join([f"{widths}x{64 * config.warpgroups}x{128 * config.blocks}", *flags])
 
@@ -166,6 +167,18 @@ def test_arguments_stand_where_the_launcher_puts_them(config: HopperConfig) -> N
         places.append((end, size))
         end += size
     assert machine_code(config).parameters == places
+
+
+@CONFIGS
+def test_tables_of_routing_are_read_when_they_are_there(config: HopperConfig) -> None:
+    """A kernel behind the launch that writes them waits for that launch, and only then lets the next one begin, which
+    reads them without waiting; any other kernel lets the next one begin at once. Weights are on their way before the
+    tokens are waited for."""
+    kinds = [i.kind for i in machine_code(config).instructions]
+    waits, begins = kinds.index("ACQBULK"), kinds.index("PREEXIT")
+    assert begins < kinds.index("LDG")
+    assert (waits < begins) == config.follows_routing
+    assert kinds.index("UBLKCP") < len(kinds) - kinds[::-1].index("ACQBULK")
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: str(t.rows_per_expert))

@@ -11,13 +11,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dsv4.kernels.hopper.layout import to_image
-from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, scatter_rows
+from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, route_and_scatter, scatter_rows
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
+from dsv4.ops.routing import local_expert_ids
 from kernels.interpreter import mend, run
-from kernels.row_groups import Expected, expected
+from kernels.row_groups import Expected, assert_filled, expected, poisoned_buffers
 
 POISON = 0x2AAA  # of bf16, a number like any other
 EXPERTS = 4
@@ -159,6 +160,64 @@ def check_scatter() -> None:
                 assert torch.equal(row_scale, case.scales(gs))
 
 
+def check_together() -> None:
+    """Routing and scatter in one launch: every table is the loop's, and rows are those of :func:`scatter_rows`. With
+    one slot, as many as there may be, all of one expert and all dropped; a first expert's id, a map, a limit on tokens;
+    row tiles of both sizes."""
+    shapes = ((1, 1, 3, 8, 8, 64), (1, 6, 8, 8, 16, 192), (5, 2, 3, 16, 32, 64), (7, 1, 2, 8, 16, 64))
+    for seed, (tokens, top_k, experts, unit, most, k) in enumerate((*shapes, (32, 2, 3, 8, 24, 64))):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(-2, experts + 4, (tokens, top_k), generator=generator)
+        mapping = torch.randperm(experts + 2, generator=generator).to(torch.int32)
+        mapping[mapping >= experts] = -1
+        half = torch.tensor([tokens // 2], dtype=torch.int32)
+        x = hard_rows(max(tokens, 9), k)[-tokens:].contiguous()
+        weights = torch.rand(tokens, generator=generator) + 0.3 if top_k == 1 else None
+        for topk_ids, settings in (
+            (ids, {"start": 1}),
+            (ids, {"expert_map": mapping}),
+            (ids, {"num_valid_tokens": half}),
+            (torch.full_like(ids, experts - 1).int(), {}),
+            (torch.full_like(ids, -1), {}),
+        ):
+            local = local_expert_ids(
+                topk_ids, experts, settings.get("start", 0), settings.get("expert_map"),
+                settings.get("num_valid_tokens"),
+            ).flatten()  # fmt: skip
+            want = expected(local.tolist(), experts, unit, most)
+            scales = torch.linspace(0.001, 0.3, experts)
+            for source, scale in (
+                (ScaleSource.NONE, None),
+                (ScaleSource.ROW, None),
+                (ScaleSource.GIVEN, scales[:1]),
+                (ScaleSource.EXPERT, scales),
+            )[: None if seed < len(shapes) else 1]:
+                got = poisoned_buffers(tokens * top_k, experts, unit, most)
+                rows = got.tiles.row_slot.numel()
+                image = torch.full((rows * k,), POISON, dtype=torch.int16)
+                row_scale = torch.full((rows,), -7.0)
+                route_and_scatter(
+                    topk_ids, x, got, image.view(torch.bfloat16), row_scale, experts, unit, source=source, scale=scale,
+                    weights=weights, **settings,
+                )  # fmt: skip
+                assert_filled(got.groups, want)
+                assert got.local_ids.tolist() == local.tolist()
+                assert got.tiles.row_slot.tolist() == want.row_slot + [-1] * (rows - len(want.row_slot))
+                assert got.tiles.tile_expert.tolist() == want.tile_expert + [-1] * (
+                    rows // unit - len(want.tile_expert)
+                )
+                assert got.tiles.num_tiles.item() == len(want.tile_expert)
+                assert got.amax.tolist() == [0.0, 0.0]
+                other = torch.full_like(image, POISON)
+                other_scale = torch.full_like(row_scale, -7.0)
+                scatter_rows(
+                    x, other.view(torch.bfloat16), other_scale, got.groups, got.local_ids, unit, top_k, source=source,
+                    scale=scale, weights=weights,
+                )  # fmt: skip
+                assert torch.equal(image, other)
+                assert torch.equal(row_scale, other_scale)
+
+
 def check_gather() -> None:
     """With and without scales: each slot's row is its token, bit for bit; the rest keeps what it holds."""
     for case in cases():
@@ -206,6 +265,7 @@ def check_amax() -> None:
 if __name__ == "__main__":
     mend()
     check_scatter()
+    check_together()
     check_gather()
     check_quantize()
     check_amax()

@@ -15,6 +15,7 @@ from dsv4.backends.base import Call, InputScales, Packed
 from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper import launch
+from dsv4.kernels.hopper.config import FEW_SLOTS
 from dsv4.kernels.hopper.packing import pack
 from dsv4.kernels.triton.stages import ScaleSource
 from kernels.fake_driver import FakeDriver, installed
@@ -98,37 +99,42 @@ def test_two_products_hand_over_an_image(line, mode):
     assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
     names = [stage.kernel.fn.__name__ for stage in stages]
     of_batch, of_expert, few = mode == "tensor", mode == "per-expert", tokens <= FEW_TOKENS
+    together = tokens * top_k <= FEW_SLOTS and not of_batch
+    # Whoever reads the tables of routing without waiting must not be the launch behind the one that writes them.
+    assert f"follows_routing={together}" in first.cubin.decode()
+    assert "follows_routing=False" in second.cubin.decode()
     staged = not few and (mode == "input" or (quantized and not of_expert))
-    assert names[names.index("_place") :] == [
-        "_place",
+    placing = "_route_and_scatter" if together else "_scatter_rows" if few else "_gather_rows"
+    assert names[names.index(placing if together else "_place") :] == [
+        *([] if together else ["_place"]),
         *(["_batch_amax"] if of_batch else []),
         *(["_stage_rows"] if staged else []),
-        "_scatter_rows" if few else "_gather_rows",
+        placing,
         *(["_quantize_image"] if of_expert and not few else []),
         *(["_image_amax"] if of_batch else []),
         *(["_quantize_image"] if quantized else []),
         "_combine",
     ]
     arguments = {name: stage.arguments for name, stage in zip(names, stages, strict=True)}
-    placing = arguments["_scatter_rows" if few else "_gather_rows"]
-    assert placing["image"].data_ptr() == first.arguments[1]
+    assert arguments[placing]["image"].data_ptr() == first.arguments[1]
     if few or staged:
-        quantizing = arguments["_scatter_rows" if few else "_stage_rows"]
+        quantizing = arguments[placing if few else "_stage_rows"]
         assert quantizing["SOURCE"] == SCALED_BY[mode]
         assert quantizing["HAS_WEIGHT"] == (mode == "input")
     if staged:
-        assert placing["x"].data_ptr() == arguments["_stage_rows"]["out"].data_ptr()
-        assert placing["HAS_SCALE"] == quantized
+        assert arguments[placing]["x"].data_ptr() == arguments["_stage_rows"]["out"].data_ptr()
+        assert arguments[placing]["HAS_SCALE"] == quantized
 
 
 @pytest.mark.parametrize(
     ("tokens", "mode", "h", "i"),
     [
+        (1, "w4a16", 4096, 2048),
         (FEW_TOKENS, "per-expert", 4096, 2048),
         (FEW_TOKENS + 1, "token", 4096, 2048),
         *(
             pytest.param(tokens, mode, 7168, 3072, marks=pytest.mark.kernels)
-            for tokens in (FEW_TOKENS, FEW_TOKENS + 1)
+            for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1)
             for mode in ("w4a16", "token", "tensor", "per-expert")
         ),
     ],

@@ -122,8 +122,10 @@ class GroupedGemm:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        # The next launch may begin: it waits for this one before it reads what this one writes. The tables of routing
-        # are older than the launch before this one, and may be read already.
+        # The next launch may begin once the tables of routing are there: it reads them without waiting, and waits for
+        # this one before it reads what this one writes.
+        if cutlass.const_expr(cfg.follows_routing):
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         program, _, _ = cute.arch.block_idx()
         # Of the first tile, whether there is one or not: what waits for memory waits once.

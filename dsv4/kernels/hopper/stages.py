@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4.errors import InputError
+from dsv4.kernels.hopper.config import FEW_SLOTS
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
-from dsv4.kernels.triton.routing import RowGroups
+from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups, local_expert_ids
 from dsv4.kernels.triton.stages import ScaleSource
 
 
@@ -68,30 +70,26 @@ def _quantized(low, high, amax, gs):
 
 
 @triton.jit
-def _scatter_rows(
-    x,  # bf16 [T, K]
-    weights,  # f32 [T]
-    scale,  # f32, by SOURCE
-    slot_row, tile_start, tile_rows,
-    local_ids,  # i32 [S]
-    image,  # bf16
-    row_scale,  # f32 [R]
-    K,
-    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0)
+def _load_token(x, token, K, BLOCKS: tl.constexpr):
+    """A token's pairs, ``[BLOCKS, chunk, lane]``, and which of them there are.
+
+    A lane's sixteen values of 64 stand together in a row, and are dealt to the chunks two by two.
+    """
     block = tl.arange(0, BLOCKS)[:, None, None]
     chunk = tl.arange(0, 8)[None, :, None]
     lane = tl.arange(0, 4)[None, None, :]
     here = block * 64 < K
-    # A lane's sixteen values of 64 stand together in a row, and are dealt to the chunks two by two.
     source = token.to(tl.int64) * (K // 2) + block * 32 + lane * 8 + chunk
     pairs = tl.load(x.to(tl.pointer_type(tl.uint32)) + source, mask=here & (lane >= 0) & (chunk >= 0), other=0)
-    if DEPENDENT:
-        # The next launch may begin only now: it believes the tables of routing to be older than this launch.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    return pairs, here
+
+
+@triton.jit
+def _put_row(
+    pairs, here, weights, scale, token, row, start, rows, expert, image, row_scale, K,
+    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A token's pairs at a row, weighted and quantized on the way."""
     if SOURCE != 0 or HAS_WEIGHT:
         low, high = _split(pairs)
         if HAS_WEIGHT:
@@ -106,19 +104,127 @@ def _scatter_rows(
             gs = tl.load(scale)
         elif SOURCE == 3:
             gs = global_scale(tl.load(scale))
-        if SOURCE != 4:
-            pairs = _quantized(low, high, amax, gs)
+        else:
+            gs = tl.load(scale + expert)
+        pairs = _quantized(low, high, amax, gs)
+        tl.store(row_scale + row, gs)
+    tl.store(image.to(tl.pointer_type(tl.uint32)) + _places(row, start, rows, K, BLOCKS), pairs, mask=here)
+
+
+@triton.jit
+def _scatter_rows(
+    x,  # bf16 [T, K]
+    weights,  # f32 [T]
+    scale,  # f32, by SOURCE
+    slot_row, tile_start, tile_rows,
+    local_ids,  # i32 [S]
+    image,  # bf16
+    row_scale,  # f32 [R]
+    K,
+    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    pairs, here = _load_token(x, token, K, BLOCKS)
+    if DEPENDENT:
+        # The next launch may begin only now: it believes the tables of routing to be older than this launch.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     slot = token * TOP_K + tl.program_id(1)
     row = tl.load(slot_row + slot)
     if row >= 0:
         start, rows = tl.load(tile_start + row // UNIT), tl.load(tile_rows + row // UNIT)
-        if SOURCE == 4:
-            gs = tl.load(scale + tl.load(local_ids + slot))
-            pairs = _quantized(low, high, amax, gs)
-        at = _places(row, start, rows, K, BLOCKS)
-        tl.store(image.to(tl.pointer_type(tl.uint32)) + at, pairs, mask=here)
-        if SOURCE != 0:
-            tl.store(row_scale + row, gs)
+        expert = tl.load(local_ids + slot)
+        _put_row(
+            pairs, here, weights, scale, token, row, start, rows, expert, image, row_scale, K, SOURCE, HAS_WEIGHT,
+            BLOCKS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _of_slot(values, slot, mine):
+    """One element of a vector."""
+    return tl.sum(tl.where(slot == mine, values, 0), 0)
+
+
+@triton.jit(
+    do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles"],
+    do_not_specialize_on_alignment=["num_valid"],
+)
+def _route_and_scatter(
+    ids,  # i32 or i64 [S]
+    expert_map,  # i32 [MAP_SIZE]
+    num_valid,  # i32 [1]
+    local_ids, amax, row_slot, tile_expert, num_tiles,  # see RoutingBuffers, TileMap
+    slot_row, tile_start, tile_rows, group_row, group_expert, num_groups,  # see RowGroups
+    x, weights, scale, image, row_scale,  # see _scatter_rows
+    S, E, START, MAP_SIZE, num_rows, num_row_tiles, K,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+    SLOTS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
+    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A program for each slot. All find all rows, by comparing slots with each other; the first writes them down."""
+    mine = tl.program_id(0)
+    token = mine // TOP_K
+    pairs, here = _load_token(x, token, K, BLOCKS)
+    slot = tl.arange(0, SLOTS)
+    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    served = local >= 0
+    same = (local[:, None] == local[None, :]) & served[None, :]
+    # Of each slot along the second dimension: how many its expert has, and how many of them come before it.
+    count = tl.sum(same.to(tl.int32), 0)
+    rank = tl.sum((same & (slot[:, None] < slot[None, :])).to(tl.int32), 0)
+    tiles = (count + P - 1) // P
+    groups = (tiles + GROUP - 1) // GROUP
+    # The same along the first dimension, then sums over the experts of lower number, each told by its first slot.
+    count_of = tl.sum(same.to(tl.int32), 1)
+    first_of = (count_of > 0) & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1) == 0)
+    tiles_of = tl.where(first_of, (count_of + P - 1) // P, 0)
+    groups_of = (tiles_of + GROUP - 1) // GROUP
+    lower = (local[:, None] < local[None, :]) & served[None, :]
+    first_tile = tl.sum(tl.where(lower, tiles_of[:, None], 0), 0)
+    first_group = tl.sum(tl.where(lower, groups_of[:, None], 0), 0)
+    size = tl.maximum((tiles + groups - 1) // tl.maximum(groups, 1), 1)  # tiles of a group
+    row = first_tile * P + rank
+    group = rank // P // size
+    start = (first_tile + group * size) * P
+    rows = tl.minimum(size, tiles - group * size) * P
+
+    if mine == 0:
+        used_tiles, used_groups = tl.sum(tiles_of, 0), tl.sum(groups_of, 0)
+        tl.store(local_ids + slot, local, mask=slot < S)
+        tl.store(slot_row + slot, tl.where(served, row, -1), mask=slot < S)
+        tl.store(row_slot + row, slot, mask=served)
+        tile = first_tile + rank // P
+        head = served & (rank % P == 0)
+        tl.store(tile_expert + tile, local, mask=head)
+        tl.store(tile_start + tile, start, mask=head)
+        tl.store(tile_rows + tile, rows, mask=head)
+        head = served & (rank % (size * P) == 0)
+        tl.store(group_row + first_group + group, start, mask=head)
+        tl.store(group_expert + first_group + group, local, mask=head)
+        # Padding behind each expert's last slot, then what lies beyond the last expert.
+        last = served & (rank == count - 1)
+        pad = row[:, None] + 1 + tl.arange(0, P)[None, :]
+        end = ((first_tile + tiles) * P)[:, None]
+        tl.store(row_slot + pad, tl.full((SLOTS, P), -1, tl.int32), mask=last[:, None] & (pad < end))
+        for begin in range(used_tiles * P, num_rows, 128):
+            unused = begin + tl.arange(0, 128)
+            tl.store(row_slot + unused, tl.full((128,), -1, tl.int32), mask=unused < num_rows)
+        for begin in range(used_tiles, num_row_tiles, 128):
+            unused = begin + tl.arange(0, 128)
+            tl.store(tile_expert + unused, tl.full((128,), -1, tl.int32), mask=unused < num_row_tiles)
+        tl.store(num_tiles, used_tiles)
+        tl.store(num_groups, used_groups)
+        tl.store(group_row + used_groups, used_tiles * P)
+        tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+
+    expert = _of_slot(local, slot, mine)
+    if expert >= 0:
+        _put_row(
+            pairs, here, weights, scale, token, _of_slot(row, slot, mine), _of_slot(start, slot, mine),
+            _of_slot(rows, slot, mine), expert, image, row_scale, K, SOURCE, HAS_WEIGHT, BLOCKS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -232,6 +338,65 @@ def scatter_rows(
         SOURCE=int(source), HAS_WEIGHT=weights is not None, TOP_K=top_k, UNIT=unit, BLOCKS=blocks,
         DEPENDENT=dependent, num_warps=max(1, min(8, blocks // 8)),
         **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
+
+
+def route_and_scatter(
+    topk_ids: Tensor,
+    x: Tensor,
+    buffers: RoutingBuffers,
+    image: Tensor,
+    row_scale: Tensor,
+    num_experts: int,
+    unit: int,
+    *,
+    source: ScaleSource,
+    scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    start: int = 0,
+    expert_map: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+) -> None:
+    """Routing (:mod:`dsv4.kernels.triton.routing`), then :func:`scatter_rows`, in one launch.
+
+    Args:
+        topk_ids: int32 or int64 ``[T, k]``, global; up to ``FEW_SLOTS`` in all.
+        x: bf16 ``[T, K]``, contiguous.
+        buffers: filled, row groups included; the histograms are not needed.
+        image: bf16, ``R * K`` values.
+        row_scale: fp32 ``[R]``: receives each row's global scale, if quantized.
+        num_experts: E.
+        unit: rows of a row tile.
+        source: of the global scale, not BATCH: its maximum would have to be known.
+        scale: what ``source`` reads.
+        weights: fp32 ``[T]``, multiplied in before anything else, or None.
+        start: first expert's global id.
+        expert_map: int32, global to local ids, or None.
+        num_valid_tokens: int32 ``[1]``, or None.
+
+    Raises:
+        InputError: too many slots, a source that is not served, or no row groups.
+    """
+    k = x.shape[1]
+    slots, groups, tiles = topk_ids.numel(), buffers.groups, buffers.tiles
+    if slots > FEW_SLOTS or source is ScaleSource.BATCH or groups is None:
+        raise InputError(
+            f"route_and_scatter: found {slots} slots, source {source.name}, groups {groups}; expected at most "
+            f"{FEW_SLOTS} slots, another source than BATCH, and row groups"
+        )
+    blocks = triton.next_power_of_2(k // 64)
+    unused = buffers.local_ids
+    _route_and_scatter[(slots,)](
+        topk_ids, expert_map if expert_map is not None else unused,
+        num_valid_tokens if num_valid_tokens is not None else unused,
+        buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
+        groups.slot_row, groups.tile_start, groups.tile_rows, groups.group_row, groups.group_expert, groups.num_groups,
+        x, weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
+        slots, num_experts, start, expert_map.shape[0] if expert_map is not None else 0,
+        tiles.row_slot.shape[0], tiles.tile_expert.shape[0], k,
+        TOP_K=topk_ids.shape[1], HAS_MAP=expert_map is not None, HAS_VALID=num_valid_tokens is not None,
+        SLOTS=FEW_SLOTS, P=unit, GROUP=groups.rows // unit, SOURCE=int(source), HAS_WEIGHT=weights is not None,
+        BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
 
 

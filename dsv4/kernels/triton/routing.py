@@ -30,7 +30,7 @@ _FILL = tl.constexpr(1024)
 
 
 @triton.jit
-def _local_ids(
+def local_expert_ids(
     ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE,
     TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _count(
 ):  # fmt: skip
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
     tl.store(hist + chunk * BINS + tl.arange(0, BINS), _histogram(local, local >= 0, BINS))
 
 
@@ -124,7 +124,7 @@ def _place(
         before = tl.zeros((BINS,), tl.int32)
         for first in range(0, S, BLOCK):
             slot = first + tl.arange(0, BLOCK)
-            local = _local_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+            local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
             counts = _histogram(local, local >= 0, BINS)
             total += counts
             if first + BLOCK <= begin:
@@ -139,7 +139,7 @@ def _place(
 
     in_chunk = tl.arange(0, CHUNK)
     mine = begin + in_chunk
-    own_local = _local_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    own_local = local_expert_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
     served = own_local >= 0
     # Earlier slots along axis 0, so that a thread sums its own and no shuffles are needed.
     same = (own_local[:, None] == own_local[None, :]) & (in_chunk[:, None] < in_chunk[None, :])
