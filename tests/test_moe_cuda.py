@@ -141,15 +141,18 @@ def test_nothing_is_compiled_after_warmup(target, mode, monkeypatch):
         pytest.skip("nothing is ever compiled")
     from triton import knobs
 
-    from dsv4.kernels.hopper import launch
+    from dsv4.kernels.blackwell import launch as blackwell_launch
+    from dsv4.kernels.cutedsl.cache import KernelCache
+    from dsv4.kernels.hopper import launch as hopper_launch
 
     top_k, device = 5, target[1]  # no other test's, or it would have compiled them
-    launch.gemm_kernel.cache_clear()  # its kernels are not made for one top_k
+    for launch in (blackwell_launch, hopper_launch):
+        launch.gemm_kernel.cache_clear()  # its kernels are not made for one top_k
     moe = build(target, random_weights(E, H, INTER, seed=1), top_k=top_k, max_num_tokens=600, **SCALES, **MODES[mode])
     moe.warmup((1, T, 600))
     compiled: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))
-    monkeypatch.setattr(launch, "load", lambda config: compiled.append(repr(config)))
+    monkeypatch.setattr(KernelCache, "load", lambda self, config, arch: compiled.append(repr(config)))
     for tokens in (1, T, 600):
         x, w, ids = on(device, *inputs(tokens, H, top_k, E))
         misaligned = torch.zeros(ids.numel() + 1, dtype=torch.int32, device=device)[1:].view(ids.shape)

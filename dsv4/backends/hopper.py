@@ -15,7 +15,8 @@ from torch import Tensor
 from dsv4.backends.base import Call, Packed, Verdict, packing_parts
 from dsv4.backends.portable import PortableBackend
 from dsv4.config import MoEConfig, capacity
-from dsv4.kernels.hopper.cache import dsl_version, lookup
+from dsv4.kernels.cutedsl.cache import dsl_version
+from dsv4.kernels.hopper.cache import ARCH, CACHE
 from dsv4.kernels.hopper.config import FEW_SLOTS, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
 from dsv4.nvfp4 import pack_nibbles
@@ -105,7 +106,7 @@ class HopperBackend(PortableBackend):
                 f"hidden and intermediate size must be multiples of {_MULTIPLE}, found {config.hidden_size} and "
                 f"{config.intermediate_size}",
             )
-        if dsl_version() is None and lookup(_gemm1_config(config, TILINGS[0])) is None:
+        if dsl_version() is None and CACHE.lookup(_gemm1_config(config, TILINGS[0]), ARCH) is None:
             return Verdict(False, "nvidia-cutlass-dsl is not installed and the kernel cache is empty")
         return Verdict(True, "CuTe DSL, weights decoded in registers for wgmma")
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +11,11 @@ from dsv4.cli._output import print_json
 from dsv4.cli._shapes import SHAPES, LayerShape
 from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dsv4.kernels.blackwell.config import BlackwellConfig
+    from dsv4.kernels.cutedsl.cache import KernelCache
+    from dsv4.kernels.hopper.config import HopperConfig
 
 
 def compile_kernels(
@@ -33,24 +35,21 @@ def compile_kernels(
     if shape not in SHAPES:
         raise ConfigError(f"--shape {shape}: no such shape, expected {', '.join(SHAPES)}")
     start = time.perf_counter()
-    folder, needed, missing = (_hopper if arch == ARCH else _blackwell)(SHAPES[shape], arch)
-    for compile_one in missing:
-        compile_one()
+    cache, needed = (_hopper if arch == ARCH else _blackwell)(SHAPES[shape])
+    missing = [kernel for kernel in needed if cache.lookup(kernel, arch) is None]
+    for kernel in missing:
+        cache.load(kernel, arch)
     seconds = time.perf_counter() - start
     result = {
-        "folder": str(folder),
-        "kernels": needed,
+        "folder": str(cache.folder()),
+        "kernels": len(needed),
         "compiled": len(missing),
         "seconds": round(seconds, 1),
     }
     if json:
         print_json(result)
     else:
-        print(f"{needed} kernels in {folder}, {len(missing)} compiled in {seconds:.1f} s")
-
-
-_Work = tuple[Path, int, list[Callable[[], Any]]]
-"""Where kernels are kept, how many are needed, and what is to be called for those that are not there."""
+        print(f"{len(needed)} kernels in {cache.folder()}, {len(missing)} compiled in {seconds:.1f} s")
 
 
 def _config(layer: LayerShape, **modes: Any) -> MoEConfig:
@@ -64,27 +63,21 @@ def _config(layer: LayerShape, **modes: Any) -> MoEConfig:
     )
 
 
-def _hopper(layer: LayerShape, arch: str) -> _Work:
+def _hopper(layer: LayerShape) -> tuple[KernelCache, set[HopperConfig]]:
+    """Where kernels are kept, and which a layer and the self-check before it need."""
     from dsv4.backends import proof
     from dsv4.backends.hopper import kernels
-    from dsv4.kernels.hopper import cache
+    from dsv4.kernels.hopper.cache import CACHE
 
     configs = [*proof.configurations(), *(_config(layer, activation_format=form) for form in ("bf16", "nvfp4"))]
-    needed = {kernel for config in configs for kernel in kernels(config)}
-    missing: list[Callable[[], Any]] = [
-        partial(cache.load, kernel) for kernel in needed if cache.lookup(kernel) is None
-    ]
-    return cache.folder(), len(needed), missing
+    return CACHE, {kernel for config in configs for kernel in kernels(config)}
 
 
-def _blackwell(layer: LayerShape, arch: str) -> _Work:
+def _blackwell(layer: LayerShape) -> tuple[KernelCache, set[BlackwellConfig]]:
+    """The same."""
     from dsv4.backends import proof
     from dsv4.backends.blackwell import declines, kernels
     from dsv4.kernels.blackwell.cache import CACHE
 
     configs = [*proof.configurations(), *(_config(layer, activation_scale=scale) for scale in ("static", "token"))]
-    needed = {kernel for config in configs if declines(config) is None for kernel in kernels(config)}
-    missing: list[Callable[[], Any]] = [
-        partial(CACHE.load, kernel, arch) for kernel in needed if CACHE.lookup(kernel, arch) is None
-    ]
-    return CACHE.folder(), len(needed), missing
+    return CACHE, {kernel for config in configs if declines(config) is None for kernel in kernels(config)}

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from dsv4.backends import proof
-from dsv4.backends.hopper import kernels
+from dsv4.backends import blackwell, hopper, proof
 from dsv4.cli.app import app
 from dsv4.config import MoEConfig
-from dsv4.kernels.hopper import cache
+from dsv4.kernels.blackwell import cache as blackwell_cache
+from dsv4.kernels.blackwell.config import ARCHS
+from dsv4.kernels.cutedsl import cache
+from dsv4.kernels.hopper import cache as hopper_cache
 
 
 @pytest.fixture(autouse=True)
-def compiled(monkeypatch, tmp_path) -> list[object]:
-    compiled: list[object] = []
+def compiled(monkeypatch, tmp_path) -> list[tuple[object, str]]:
+    compiled: list[tuple[object, str]] = []
+
+    def compiler(config: object, arch: str) -> tuple[bytes, str]:
+        compiled.append((config, arch))
+        return b"cubin", "entry"
+
     monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cache, "dsl_version", lambda: "1.0")
-    monkeypatch.setattr(cache, "_compile", lambda c: (compiled.append(c), (b"cubin", "entry"))[1])
+    for family in (blackwell_cache, hopper_cache):
+        monkeypatch.setattr(family, "CACHE", replace(family.CACHE, compiler=compiler))
     return compiled
 
 
@@ -30,10 +39,11 @@ def invoke(*arguments: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("shape", ["v4-flash", "qwen3-30b"])
-def test_all_that_a_layer_needs_is_compiled_once(compiled, shape):
+def test_all_that_a_hopper_layer_needs_is_compiled_once(compiled, shape):
     """Afterwards every kernel of a layer, in both formats, and of the self-check before it is on disk."""
     first = invoke("--shape", shape)
     assert first["kernels"] == first["compiled"] == len(compiled) == len(set(compiled))
+    assert {arch for _, arch in compiled} == {"sm_90a"}
     sizes = {"v4-flash": (256, 4096, 2048, 10.0), "qwen3-30b": (128, 2048, 768, None)}[shape]
     layers = [
         MoEConfig(*sizes[:3], activation_format=form, swiglu_limit=sizes[3], activation_scale=scale)
@@ -41,9 +51,22 @@ def test_all_that_a_layer_needs_is_compiled_once(compiled, shape):
         for scale in ("static", "token", "calibrated")
     ]
     for config in [*layers, *proof.configurations()]:
-        assert all(cache.lookup(kernel) is not None for kernel in kernels(config))
+        assert all(hopper_cache.CACHE.lookup(kernel, "sm_90a") is not None for kernel in hopper.kernels(config))
     again = invoke("--shape", shape)
-    assert (again["kernels"], again["compiled"]) == (first["kernels"], 0)
+    assert (again["kernels"], again["compiled"], len(compiled)) == (first["kernels"], 0, first["compiled"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_that_a_blackwell_layer_needs_is_compiled_once(compiled, arch):
+    """For the architecture asked for: of both kinds of scales, and of the self-check before it."""
+    first = invoke("--arch", arch)
+    assert first["kernels"] == first["compiled"] == len(compiled) == len(set(compiled))
+    assert {made_for for _, made_for in compiled} == {arch}
+    layers = [MoEConfig(256, 4096, 2048, swiglu_limit=10.0, activation_scale=scale) for scale in ("static", "token")]
+    for config in [*layers, *(c for c in proof.configurations() if blackwell.declines(c) is None)]:
+        assert all(blackwell_cache.CACHE.lookup(kernel, arch) is not None for kernel in blackwell.kernels(config))
+    again = invoke("--arch", arch)
+    assert (again["kernels"], again["compiled"], len(compiled)) == (first["kernels"], 0, first["compiled"])
 
 
 @pytest.mark.parametrize(("option", "value"), [("--arch", "sm_42"), ("--shape", "enormous")])

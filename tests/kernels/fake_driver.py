@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from dsv4.kernels.hopper import launch
+from dsv4.kernels.cutedsl import launch
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,19 @@ class FakeDriver:
 
 
 @contextmanager
-def installed(driver: FakeDriver, stream: int = 0x5EED) -> Iterator[None]:
-    """CPU tensors pass for a GPU's: the driver is ``driver``, every device's current stream is ``stream``."""
+def installed(driver: FakeDriver, gemm_kernel: Any, stream: int = 0x5EED) -> Iterator[None]:
+    """CPU tensors pass for a GPU's: the driver is ``driver``, every device's current stream is ``stream``.
+
+    ``gemm_kernel`` is what keeps kernels loaded: it has none before, and none of this driver's after.
+    """
     current = SimpleNamespace(cuda_stream=stream, synchronize=lambda: None)
-    launch.gemm_kernel.cache_clear()
+    gemm_kernel.cache_clear()
     try:
         with (
-            mock.patch.object(launch, "_driver", return_value=driver),
+            mock.patch.object(launch, "driver", return_value=driver),
             mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
             mock.patch.object(torch.cuda, "current_stream", return_value=current),
         ):
             yield
     finally:
-        launch.gemm_kernel.cache_clear()
+        gemm_kernel.cache_clear()

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,8 +17,9 @@ from dsv4.errors import BackendError, InputError
 from dsv4.kernels.blackwell import launch
 from dsv4.kernels.blackwell.config import deepest
 from dsv4.kernels.blackwell.launch import SIGNATURE, Operands, Requantized, grouped_gemm
-from dsv4.kernels.cutedsl import launch as cubins
+from dsv4.kernels.cutedsl.cache import KernelCache
 from kernels.fake_driver import FakeDriver
+from kernels.fake_driver import installed as on_paper
 
 E, ROWS, N, K = 5, 300, 160, 352
 SCALE_COLUMNS = 24  # K / 16, padded
@@ -69,22 +69,13 @@ class Driver(FakeDriver):
 
 @contextmanager
 def installed(driver: Driver) -> Iterator[None]:
-    """CPU tensors pass for a B200's."""
-    current = SimpleNamespace(cuda_stream=0x5EED, synchronize=lambda: None)
-    launch.gemm_kernel.cache_clear()
-    try:
-        with (
-            mock.patch.object(cubins, "driver", return_value=driver),
-            mock.patch.object(torch.cuda, "device", return_value=mock.MagicMock()),
-            mock.patch.object(torch.cuda, "current_stream", return_value=current),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(10, 0)),
-            mock.patch.object(
-                type(launch.CACHE), "load", lambda self, config, arch: (f"{arch} cubin".encode(), "entry")
-            ),
-        ):
-            yield
-    finally:
-        launch.gemm_kernel.cache_clear()
+    """CPU tensors pass for a B200's; cubins are their architectures' names."""
+    with (
+        on_paper(driver, launch.gemm_kernel),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(10, 0)),
+        mock.patch.object(KernelCache, "load", lambda self, config, arch: (f"{arch} cubin".encode(), "entry")),
+    ):
+        yield
 
 
 def aligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:

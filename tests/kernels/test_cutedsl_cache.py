@@ -1,109 +1,241 @@
-"""Compiled kernels on disk, with a compiler that only counts; and what a process with a warm cache imports."""
+"""Compiled kernels on disk: damaged, foreign, read-only, many processes; what a process with a warm cache loads."""
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
 
-from dsv4.backends import proof
-from dsv4.backends.blackwell import declines, kernels
-from dsv4.cli.app import app
-from dsv4.config import MoEConfig
 from dsv4.errors import BackendError
 from dsv4.kernels.blackwell import cache as blackwell_cache
 from dsv4.kernels.blackwell import launch
-from dsv4.kernels.blackwell.config import ARCHS, deepest
+from dsv4.kernels.blackwell.config import deepest
 from dsv4.kernels.cutedsl import cache
 from dsv4.kernels.cutedsl.cache import KernelCache
+from dsv4.kernels.hopper import cache as hopper_cache
 
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "dsv4" / "kernels"
 ONE, OTHER = deepest(128, 64, 64), deepest(256, 128, 256)
+ARCH, OTHER_ARCH = "sm_100a", "sm_103a"
+INSTALLED = cache.dsl_version()
+FAMILIES = {"blackwell": blackwell_cache, "hopper": hopper_cache}
 
 
-@pytest.fixture
-def compiled(monkeypatch, tmp_path) -> list[tuple[object, str]]:
-    calls: list[tuple[object, str]] = []
-    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
+def built(config: object, arch: str) -> tuple[bytes, str]:
+    """What the compiler makes of it, more than one write of the system's: no two kernels are the same."""
+    return f"{arch} {config!r}".encode() * 2_000, f"entry_{arch}"
+
+
+BUILT = built(ONE, ARCH)
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object, str]]:
+    """What was compiled, in an empty folder; no version of the DSL is the installed one."""
+    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "dsl_version", lambda: "1.0")
-    return calls
+    return []
 
 
 @pytest.fixture
-def store(compiled) -> KernelCache:
+def store(compiled: list[tuple[object, str]], tmp_path: Path) -> KernelCache:
+    """Kernels made from three files, by a compiler that only counts."""
+    sources = [tmp_path / f"source_{i}.py" for i in range(3)]
+    for i, source in enumerate(sources):
+        source.write_text(f"{i}\n")
+
     def compiler(config: object, arch: str) -> tuple[bytes, str]:
         compiled.append((config, arch))
-        return b"cubin of " + arch.encode(), "entry"
+        return built(config, arch)
 
-    return KernelCache("family", blackwell_cache.CACHE.sources, compiler)
+    return KernelCache("family", sources, compiler)
+
+
+def entries(store: KernelCache) -> list[Path]:
+    return sorted(store.folder().iterdir())
 
 
 def test_a_kernel_is_compiled_once_for_each_architecture(store, compiled):
     """The second load reads the first one's file; configurations and architectures have their own."""
-    for config, arch in ((ONE, "sm_100a"), (ONE, "sm_103a"), (OTHER, "sm_100a")) * 2:
-        assert store.load(config, arch) == (b"cubin of " + arch.encode(), "entry")
-    assert compiled == [(ONE, "sm_100a"), (ONE, "sm_103a"), (OTHER, "sm_100a")]
+    kernels = [(ONE, ARCH), (ONE, OTHER_ARCH), (OTHER, ARCH)]
+    for config, arch in kernels * 2:
+        assert store.load(config, arch) == built(config, arch)
+    assert compiled == kernels
+    assert len(entries(store)) == 3
 
 
-def test_a_damaged_or_foreign_file_is_built_again(store, compiled):
-    """A flipped bit, a cut file, an empty one, and another kernel's file under this name are not used."""
-    store.load(OTHER, "sm_100a")
-    (foreign,) = store.folder().iterdir()
-    other = foreign.read_bytes()
-    for damage in (lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:40], lambda b: b"", lambda b: other):
-        store.load(ONE, "sm_100a")
-        (path,) = set(store.folder().iterdir()) - {foreign}
-        path.write_bytes(damage(path.read_bytes()))
-        before = len(compiled)
-        assert store.load(ONE, "sm_100a") == (b"cubin of sm_100a", "entry")
-        assert len(compiled) == before + 1
+DAMAGE = {
+    "a flipped bit": lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+    "a flipped bit of the digest": lambda b: bytes([b[0] ^ 1]) + b[1:],
+    "cut": lambda b: b[:40],
+    "cut in the digest": lambda b: b[:7],
+    "longer": lambda b: b + b"\0",
+    "empty": lambda b: b"",
+}
 
 
-def test_changed_sources_are_other_kernels(store, compiled, tmp_path):
-    """Whatever file a kernel is made from is part of its name."""
-    source = tmp_path / "source.py"
-    source.write_text("1")
-    changing = KernelCache("family", (*store.sources, source), store.compiler)
-    changing.load(ONE, "sm_100a")
-    source.write_text("2")
-    assert changing.lookup(ONE, "sm_100a") is None
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_built_again(store, compiled, damage):
+    """It is not used, and the next process finds a good one."""
+    store.load(ONE, ARCH)
+    (path,) = entries(store)
+    good = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](good))
+    assert store.lookup(ONE, ARCH) is None
+    assert store.load(ONE, ARCH) == BUILT
+    assert compiled == [(ONE, ARCH)] * 2
+    assert path.read_bytes() == good
 
 
-def test_every_source_of_the_kernel_is_named():
-    """The cache's list has each module of this project that the kernel's file reads, at whatever depth."""
-    folder = Path(cache.__file__).parents[1]
-    seen, waiting = set(), [folder / "blackwell" / "grouped_gemm.py"]
-    while waiting:
-        path = waiting.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for module in folder.glob("*/*.py"):
-            name = f"dsv4.kernels.{module.parent.name}"
-            text = path.read_text()
-            imports = [line for line in text.splitlines() if line.startswith(("from ", "import ")) and name in line]
-            if any(module.stem in line for line in imports):
-                waiting.append(module)
-    assert seen == {path.resolve() for path in blackwell_cache.CACHE.sources}
+@pytest.mark.parametrize("other", [(OTHER, ARCH), (ONE, OTHER_ARCH)], ids=["configuration", "architecture"])
+def test_another_kernels_file_is_not_used(store, compiled, other):
+    """A file under a name that is not its own would launch the wrong kernel."""
+    store.load(ONE, ARCH)
+    (path,) = entries(store)
+    store.load(*other)
+    shutil.copy(next(p for p in entries(store) if p != path), path)
+    assert store.load(ONE, ARCH) == BUILT
+    assert compiled == [(ONE, ARCH), other, (ONE, ARCH)]
+
+
+def test_foreign_things_in_the_folder_are_left_alone(store, compiled):
+    """Other files, and a directory or a dangling link where the kernel's file would be, neither serve nor fail."""
+    store.load(ONE, ARCH)
+    (path,) = entries(store)
+    path.unlink()
+    path.mkdir()
+    (store.folder() / "notes.kernel").write_text("not a kernel")
+    link = store.folder() / f"{store.key(ONE, ARCH)}-0.9.kernel"
+    link.symlink_to(store.folder() / "nowhere")
+    before = entries(store)
+    assert store.load(ONE, ARCH) == BUILT
+    assert compiled == [(ONE, ARCH)] * 2
+    assert entries(store) == before
+
+
+def test_the_key_names_all_that_a_kernel_depends_on(store, monkeypatch):
+    """Configuration, architecture, DSL version, and the contents of every source file."""
+    store.load(ONE, ARCH)
+    assert len({store.key(*kernel) for kernel in ((ONE, ARCH), (OTHER, ARCH), (ONE, OTHER_ARCH))}) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "dsl_version", lambda: "2.0")
+        assert store.lookup(ONE, ARCH) is None
+    for source in store.sources:
+        text = source.read_text()
+        source.write_text(text + "\n")
+        assert store.lookup(ONE, ARCH) is None, source
+        source.write_text(text)
+        assert store.lookup(ONE, ARCH) == BUILT
 
 
 def test_without_the_dsl_any_version_serves(store, monkeypatch):
     """A cache filled elsewhere is enough; without one the error says what to do."""
-    store.load(ONE, "sm_100a")
+    store.load(ONE, ARCH)
     monkeypatch.setattr(cache, "dsl_version", lambda: None)
-    assert store.load(ONE, "sm_100a") == (b"cubin of sm_100a", "entry")
-    with pytest.raises(BackendError, match="DSV4_CACHE_DIR"):
-        store.load(OTHER, "sm_100a")
+    assert store.load(ONE, ARCH) == BUILT
+    with pytest.raises(BackendError, match=f"no {OTHER_ARCH} kernel .* DSV4_CACHE_DIR"):
+        store.load(ONE, OTHER_ARCH)
 
 
-def test_a_directory_that_cannot_be_written_is_no_error(store, monkeypatch):
-    """It costs a compilation each time."""
+def test_a_read_only_directory(store, compiled, monkeypatch):
+    """What is in it is served; what is not is compiled each time, which is no error."""
+    store.load(ONE, ARCH)
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
+    assert store.load(ONE, ARCH) == BUILT
+    assert store.load(OTHER, ARCH) == store.load(OTHER, ARCH) == built(OTHER, ARCH)
+    assert compiled == [(ONE, ARCH), (OTHER, ARCH), (OTHER, ARCH)]
     monkeypatch.setenv("DSV4_CACHE_DIR", "/proc/nowhere")
-    assert store.load(ONE, "sm_100a") == (b"cubin of sm_100a", "entry")
+    assert store.load(ONE, ARCH) == BUILT
+
+
+def test_a_full_disk_leaves_nothing_behind(store, monkeypatch):
+    """The kernel is there for this process, and no part of a file for the next."""
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert store.load(ONE, ARCH) == BUILT
+    assert entries(store) == []
+
+
+def _load_many(store: KernelCache, barrier, results, rounds: int) -> None:
+    """A process: loads one kernel again and again, at the same moments as the others."""
+    for _ in range(rounds):
+        barrier.wait()
+        looked_up = store.lookup(ONE, ARCH)
+        results.put((looked_up in (None, BUILT), store.load(ONE, ARCH) == BUILT))
+        barrier.wait()
+        for path in store.folder().glob("*.kernel"):
+            path.unlink(missing_ok=True)
+
+
+def test_processes_at_the_same_time(store):
+    """Processes that compile, write, read and delete one kernel at the same moments always get all of it."""
+    count, rounds = 4, 25
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=_load_many, args=(store, barrier, results, rounds)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    seen = [results.get(timeout=60) for _ in range(count * rounds)]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert set(seen) == {(True, True)}
+    store.load(ONE, ARCH)
+    assert len(entries(store)) == 1  # and no unfinished files
+
+
+def sources(file: Path) -> set[Path]:
+    """A module of ``kernels/`` and all that it imports from there, at whatever depth."""
+    found, waiting = set(), [file]
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, "modules are named in full"
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            imported = {ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names}
+            waiting += [p for p in imported - found if p.is_relative_to(KERNELS) and p.exists()]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_source_of_a_family_is_named(family):
+    """Its cache's list has each module of ``kernels/`` that its kernel is made of, once, and no other."""
+    expected = sources(KERNELS / family / "grouped_gemm.py")
+    assert len(expected) >= 5
+    assert sorted(path.resolve() for path in FAMILIES[family].CACHE.sources) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_compiles_with_its_own_compiler(family, monkeypatch, tmp_path):
+    """For the architecture asked for, into the folder of its name."""
+    compiler = SimpleNamespace(compile_kernel=built)
+    monkeypatch.setitem(sys.modules, f"dsv4.kernels.{family}.grouped_gemm", compiler)
+    assert FAMILIES[family].CACHE.load(ONE, OTHER_ARCH) == built(ONE, OTHER_ARCH)
+    assert [path.parent for path in (tmp_path / "cache").glob("*/*.kernel")] == [tmp_path / "cache" / family]
 
 
 def test_the_family_s_cubin_serves_where_it_is_the_only_one(monkeypatch, store):
@@ -116,28 +248,60 @@ def test_the_family_s_cubin_serves_where_it_is_the_only_one(monkeypatch, store):
     assert (launch.stored(ONE, (10, 0)), launch.stored(ONE, (10, 3))) == ("sm_100f", "sm_103a")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_command_compiles_all_that_a_layer_needs_once(arch, store, compiled, monkeypatch):
-    """Of both kinds of scales, and of the self-check before it."""
-    monkeypatch.setattr(blackwell_cache, "CACHE", store)
+WARM_PROCESS = """
+import json, sys
+import torch
+spawned = []
+sys.addaudithook(lambda event, args: spawned.append(str(args[:2])) if event in ("subprocess.Popen", "os.posix_spawn",
+                                                                             "os.exec", "os.system") else None)
+import dsv4
+from kernels.fake_driver import FakeDriver, installed
+{launches}
+compilers = ("cutlass", "tvm_ffi", "dsv4.kernels.{family}.grouped_gemm")
+loaded = [m for m in compilers if m in sys.modules]
+print(json.dumps({{"entries": [one.entry for one in driver.launches], "loaded": loaded, "spawned": spawned}}))
+"""
+LAUNCHES = {
+    "blackwell": """
+import dsv4.backends.blackwell, dsv4.kernels.blackwell.ops
+from dataclasses import replace
+from unittest import mock
+from kernels.test_blackwell_launch import E, FULL, N, PLAIN, ROWS, Driver, aligned, launch, operands
+driver, given = Driver(), replace(operands(), gs_b=torch.zeros(E))
+b200 = mock.patch.object(torch.cuda, "get_device_capability", return_value=(10, 0))
+with installed(driver, launch.gemm_kernel), b200:
+    for config in (PLAIN, FULL):
+        launch.grouped_gemm(config, given, aligned(ROWS, N, dtype=torch.bfloat16), multiprocessors=4)
+""",
+    "hopper": """
+import dsv4.backends.hopper
+from kernels.test_hopper_launch import GATED, PLAIN, launch, operands
+driver = FakeDriver(launch.GEMM_SIGNATURE)
+with installed(driver, launch.gemm_kernel):
+    for config in (GATED, PLAIN):
+        launch.grouped_gemm(config, **operands(config))
+""",
+}
 
-    def invoke() -> dict[str, object]:
-        result = CliRunner().invoke(app, ["compile", "--json", "--arch", arch], catch_exceptions=False)
-        return json.loads(result.stdout)
 
-    first = invoke()
-    assert first["kernels"] == first["compiled"] == len(compiled) == len(set(compiled))
-    layers = [MoEConfig(256, 4096, 2048, swiglu_limit=10.0, activation_scale=scale) for scale in ("static", "token")]
-    for config in [*layers, *(c for c in proof.configurations() if declines(c) is None)]:
-        assert all(store.lookup(kernel, arch) is not None for kernel in kernels(config))
-    assert (invoke()["compiled"], len(compiled)) == (0, first["compiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_warm_process_loads_no_compiler(family, monkeypatch):
+    """With its kernels on disk a new process launches without the DSL, TVM FFI or another program."""
+    pytest.importorskip("triton")
+    from kernels import test_blackwell_launch, test_hopper_launch
 
-
-def test_a_warm_process_imports_no_compiler():
-    """What a layer imports before its first launch, and the launch itself, are without the DSL."""
-    script = (
-        "import sys, dsv4.backends.blackwell, dsv4.kernels.blackwell.launch, dsv4.kernels.blackwell.ops\n"
-        "sys.exit(any(m.split('.')[0] == 'cutlass' for m in sys.modules))"
+    configs, arch = {
+        "blackwell": ((test_blackwell_launch.PLAIN, test_blackwell_launch.FULL), "sm_100a"),
+        "hopper": ((test_hopper_launch.GATED, test_hopper_launch.PLAIN), "sm_90a"),
+    }[family]
+    monkeypatch.setattr(cache, "dsl_version", lambda: INSTALLED or "1.0")
+    filled = replace(FAMILIES[family].CACHE, compiler=built)
+    for config in configs:
+        filled.load(config, arch)
+    script = WARM_PROCESS.format(launches=LAUNCHES[family], family=family)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(cache.__file__).parents[3])}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"entries": [f"entry_{arch}"] * 2, "loaded": [], "spawned": []}

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from dsv4.backends.hopper import TILINGS, kernels
 from dsv4.cli._shapes import SHAPES
 from dsv4.config import MoEConfig
+from dsv4.kernels.hopper.cache import ARCH
 from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.grouped_gemm import compile_kernel
 from dsv4.kernels.hopper.launch import GEMM_SIGNATURE
@@ -66,7 +67,7 @@ CONFIGS = pytest.mark.parametrize(
 
 @cache
 def machine_code(config: HopperConfig) -> MachineCode:
-    return read(compile_kernel(config)[0])
+    return read(compile_kernel(config, ARCH)[0])
 
 
 def test_what_is_always_compiled() -> None:

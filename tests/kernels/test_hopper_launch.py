@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dsv4.errors import BackendError, InputError
+from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.hopper import launch
 from dsv4.kernels.hopper.config import HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
@@ -62,11 +63,15 @@ def operands(config: HopperConfig) -> dict[str, Any]:
     }
 
 
+def cubin(config: HopperConfig, arch: str = "sm_90a") -> bytes:
+    return f"{arch} {config!r}".encode()
+
+
 @pytest.fixture
 def driver(monkeypatch) -> Iterator[FakeDriver]:
-    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), f"entry_{config.unit}"))
+    monkeypatch.setattr(KernelCache, "load", lambda _, config, arch: (cubin(config, arch), f"entry_{config.unit}"))
     driver = FakeDriver(launch.GEMM_SIGNATURE)
-    with installed(driver, STREAM):
+    with installed(driver, launch.gemm_kernel, STREAM):
         yield driver
 
 
@@ -76,7 +81,7 @@ def test_every_argument_of_a_launch(driver, config):
     o = operands(config)
     launch.grouped_gemm(config, **o)
     (got,) = driver.launches
-    assert (got.cubin, got.entry, got.stream) == (repr(config).encode(), f"entry_{config.unit}", STREAM)
+    assert (got.cubin, got.entry, got.stream) == (cubin(config), f"entry_{config.unit}", STREAM)
     tiles_along_n = ROWS // (64 * config.warpgroups)
     assert got.grid == (GROUPS * tiles_along_n, 1, 1)
     assert got.block == (config.warpgroups * 128 + 32, 1, 1)
@@ -125,7 +130,7 @@ def test_a_kernel_is_loaded_once(driver):
     for config in (GATED, GATED, PLAIN):
         launch.grouped_gemm(config, **operands(config))
     assert len(driver._cubins) == 2
-    assert [one.cubin for one in driver.launches] == [repr(c).encode() for c in (GATED, GATED, PLAIN)]
+    assert [one.cubin for one in driver.launches] == [cubin(c) for c in (GATED, GATED, PLAIN)]
 
 
 def shorter(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,9 +194,9 @@ def test_what_does_not_fit_is_refused(driver, config, name, change):
 )
 def test_a_failing_driver_is_named(monkeypatch, failing):
     """What failed, and the driver's word for it."""
-    monkeypatch.setattr(launch, "load", lambda config: (b"cubin", "entry"))
+    monkeypatch.setattr(KernelCache, "load", lambda self, config, arch: (b"cubin", "entry"))
     with (
-        installed(FakeDriver(launch.GEMM_SIGNATURE, failing)),
+        installed(FakeDriver(launch.GEMM_SIGNATURE, failing), launch.gemm_kernel),
         pytest.raises(BackendError, match=f"{failing} failed with CUDA_ERROR_ILLEGAL_ADDRESS"),
     ):
         launch.grouped_gemm(PLAIN, **operands(PLAIN))

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from dsv4.backends.base import Call, InputScales, Packed
 from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend
 from dsv4.config import MoEConfig
+from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.hopper import launch
 from dsv4.kernels.hopper.config import FEW_SLOTS
 from dsv4.kernels.hopper.packing import pack
@@ -47,7 +48,7 @@ SCALED_BY = {
 def a_gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(multi_processor_count=132, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(launch, "load", lambda config: (repr(config).encode(), "entry"))
+    monkeypatch.setattr(KernelCache, "load", lambda self, config, arch: (repr(config).encode(), "entry"))
 
 
 def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tuple[list[GemmLaunch], list[Launch]]:
@@ -67,7 +68,7 @@ def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tupl
         input_scales=InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None,
     )
     driver = FakeDriver(launch.GEMM_SIGNATURE)
-    with recorded() as stages, installed(driver):
+    with recorded() as stages, installed(driver, launch.gemm_kernel):
         backend.run(packed, call, scratch, torch.zeros(tokens, h, dtype=torch.bfloat16))
     return driver.launches, stages
 
@@ -178,7 +179,7 @@ def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k):
     def variants(tokens: int) -> set[tuple[object, ...]]:
         x, weights, ids = (t[:tokens] for t in whole)
         driver = FakeDriver(launch.GEMM_SIGNATURE)
-        with recorded() as stages, installed(driver):
+        with recorded() as stages, installed(driver, launch.gemm_kernel):
             backend.run(packed, Call(x, weights, ids, input_scales=scales), scratch, x)
         return {compiled_as(found) for found in stages} | {(found.cubin,) for found in driver.launches}
 

@@ -487,12 +487,12 @@ class GroupedGemm:
                 ptx.store_b64(out + (Int64(slot) * Int64(columns) + Int64(at)) * 2, low, high)
 
 
-def compile_kernel(config: HopperConfig) -> tuple[bytes, str]:
+def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
     with TemporaryDirectory() as folder:
         compiled = cute.compile(
             GroupedGemm(config), *[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int32(1),
-            options=f"--gpu-arch sm_90a --keep-ptx --keep-cubin --dump-dir {folder}",
+            options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}",
         )  # fmt: skip
         entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))
         assert entry is not None
