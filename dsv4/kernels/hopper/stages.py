@@ -14,7 +14,7 @@ from dsv4.errors import InputError
 from dsv4.kernels.hopper.config import FEW_SLOTS
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
-from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups, local_expert_ids
+from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups, id_arguments, local_expert_ids, tiles_of_group
 from dsv4.kernels.triton.stages import ScaleSource
 
 
@@ -61,6 +61,20 @@ def _finite_amax(amax):
 
 
 @triton.jit
+def _row_scale(amax, scale, expert, SOURCE: tl.constexpr):
+    """A row's global scale, from the maxima of its groups or from where ``SOURCE`` says."""
+    if SOURCE == 1:
+        gs = global_scale(_finite_amax(amax))
+    elif SOURCE == 2:
+        gs = tl.load(scale)
+    elif SOURCE == 3:
+        gs = global_scale(tl.load(scale))
+    else:
+        gs = tl.load(scale + expert)
+    return gs
+
+
+@triton.jit
 def _quantized(low, high, amax, gs):
     """``e2m1 * sf`` of a row's pairs under a global scale."""
     divisor, reciprocal, factor = block_scales(amax, gs)
@@ -98,14 +112,7 @@ def _put_row(
             pairs = _join(low, high)
     if SOURCE != 0:
         amax = _group_amax(low, high)
-        if SOURCE == 1:
-            gs = global_scale(_finite_amax(amax))
-        elif SOURCE == 2:
-            gs = tl.load(scale)
-        elif SOURCE == 3:
-            gs = global_scale(tl.load(scale))
-        else:
-            gs = tl.load(scale + expert)
+        gs = _row_scale(amax, scale, expert, SOURCE)
         pairs = _quantized(low, high, amax, gs)
         tl.store(row_scale + row, gs)
     tl.store(image.to(tl.pointer_type(tl.uint32)) + _places(row, start, rows, K, BLOCKS), pairs, mask=here)
@@ -175,7 +182,6 @@ def _route_and_scatter(
     count = tl.sum(same.to(tl.int32), 0)
     rank = tl.sum((same & (slot[:, None] < slot[None, :])).to(tl.int32), 0)
     tiles = (count + P - 1) // P
-    groups = (tiles + GROUP - 1) // GROUP
     # The same along the first dimension, then sums over the experts of lower number, each told by its first slot.
     count_of = tl.sum(same.to(tl.int32), 1)
     first_of = (count_of > 0) & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1) == 0)
@@ -184,7 +190,7 @@ def _route_and_scatter(
     lower = (local[:, None] < local[None, :]) & served[None, :]
     first_tile = tl.sum(tl.where(lower, tiles_of[:, None], 0), 0)
     first_group = tl.sum(tl.where(lower, groups_of[:, None], 0), 0)
-    size = tl.maximum((tiles + groups - 1) // tl.maximum(groups, 1), 1)  # tiles of a group
+    size = tiles_of_group(tiles, GROUP)
     row = first_tile * P + rank
     group = rank // P // size
     start = (first_tile + group * size) * P
@@ -274,12 +280,7 @@ def _quantize_image(
         return
     at, here, low, high = _load_row(image, row, tile_start, tile_rows, K, UNIT, BLOCKS)
     amax = _group_amax(low, high)
-    if SOURCE == 1:
-        gs = global_scale(_finite_amax(amax))
-    elif SOURCE == 3:
-        gs = global_scale(tl.load(scale))
-    else:
-        gs = tl.load(scale + tl.load(tile_expert + row // UNIT))
+    gs = _row_scale(amax, scale, tl.load(tile_expert + row // UNIT), SOURCE)
     tl.store(at, _quantized(low, high, amax, gs), mask=here)
     tl.store(row_scale + row, gs)
 
@@ -298,6 +299,12 @@ def _image_amax(
             tl.atomic_max(amax, row_amax)
         else:
             tl.store(amax + slot, row_amax)
+
+
+def _whole_rows(k: int) -> dict[str, int]:
+    """How a program takes a whole row of K values."""
+    blocks = triton.next_power_of_2(k // 64)
+    return {"BLOCKS": blocks, "num_warps": max(1, min(8, blocks // 8))}
 
 
 def scatter_rows(
@@ -330,14 +337,12 @@ def scatter_rows(
         dependent: start before the launch before has ended (Hopper and later), which did not write ``x``.
     """
     tokens, k = x.shape
-    blocks = triton.next_power_of_2(k // 64)
     # A program for each slot, so that what one waits for the others wait for at the same time.
     _scatter_rows[(tokens, top_k)](
         x, weights if weights is not None else row_scale, scale if scale is not None else row_scale,
         groups.slot_row, groups.tile_start, groups.tile_rows, local_ids, image, row_scale, k,
-        SOURCE=int(source), HAS_WEIGHT=weights is not None, TOP_K=top_k, UNIT=unit, BLOCKS=blocks,
-        DEPENDENT=dependent, num_warps=max(1, min(8, blocks // 8)),
-        **({"launch_pdl": True} if dependent else {}),
+        SOURCE=int(source), HAS_WEIGHT=weights is not None, TOP_K=top_k, UNIT=unit, DEPENDENT=dependent,
+        **_whole_rows(k), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
@@ -385,16 +390,11 @@ def route_and_scatter(
             f"{FEW_SLOTS} slots, another source than BATCH, and row groups"
         )
     blocks = triton.next_power_of_2(k // 64)
-    unused = buffers.local_ids
+    ids, sizes, flags = id_arguments(topk_ids, num_experts, start, expert_map, num_valid_tokens, buffers.local_ids)
     _route_and_scatter[(slots,)](
-        topk_ids, expert_map if expert_map is not None else unused,
-        num_valid_tokens if num_valid_tokens is not None else unused,
-        buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
-        groups.slot_row, groups.tile_start, groups.tile_rows, groups.group_row, groups.group_expert, groups.num_groups,
-        x, weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
-        slots, num_experts, start, expert_map.shape[0] if expert_map is not None else 0,
-        tiles.row_slot.shape[0], tiles.tile_expert.shape[0], k,
-        TOP_K=topk_ids.shape[1], HAS_MAP=expert_map is not None, HAS_VALID=num_valid_tokens is not None,
+        *ids, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles, *groups.tables, x,
+        weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
+        *sizes, tiles.row_slot.shape[0], tiles.tile_expert.shape[0], k, **flags,
         SLOTS=FEW_SLOTS, P=unit, GROUP=groups.rows // unit, SOURCE=int(source), HAS_WEIGHT=weights is not None,
         BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
@@ -456,11 +456,9 @@ def quantize_image(
         source: of the global scale: ROW, BATCH or EXPERT.
         scale: what ``source`` reads.
     """
-    blocks = triton.next_power_of_2(k // 64)
     _quantize_image[(tiles.row_slot.shape[0],)](
         image, scale if scale is not None else row_scale, tiles.row_slot, tiles.tile_expert, groups.tile_start,
-        groups.tile_rows, row_scale, k, SOURCE=int(source), UNIT=unit, BLOCKS=blocks,
-        num_warps=max(1, min(8, blocks // 8)),
+        groups.tile_rows, row_scale, k, SOURCE=int(source), UNIT=unit, **_whole_rows(k),
     )  # fmt: skip
 
 
@@ -469,8 +467,7 @@ def image_amax(
 ) -> None:
     """Largest magnitudes of an image's rows, 0 for those with a NaN or Inf: ``amax [1]`` is raised to that of all of
     them, or without ``of_batch`` ``amax [S]`` receives those of the slots that have a row."""
-    blocks = triton.next_power_of_2(k // 64)
     _image_amax[(tiles.row_slot.shape[0],)](
         image, tiles.row_slot, groups.tile_start, groups.tile_rows, amax, k, OF_BATCH=of_batch, UNIT=unit,
-        BLOCKS=blocks, num_warps=max(1, min(8, blocks // 8)),
+        **_whole_rows(k),
     )  # fmt: skip

@@ -53,6 +53,13 @@ def _histogram(local, keep, BINS: tl.constexpr):
     return tl.histogram(tl.where(keep, local, 0), BINS, mask=keep)
 
 
+@triton.jit
+def tiles_of_group(tiles, GROUP):
+    """Of an expert with so many tiles: as few groups of up to ``GROUP`` as hold them, of one size but the last."""
+    groups = (tiles + GROUP - 1) // GROUP
+    return tl.maximum((tiles + groups - 1) // tl.maximum(groups, 1), 1)
+
+
 # ``num_valid`` is one number, often out of a larger buffer: no kernel of its own for each alignment.
 @triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE"], do_not_specialize_on_alignment=["num_valid"])
 def _count(
@@ -160,13 +167,12 @@ def _place(
         pad = pad_start[:, None] + first + tl.arange(0, PAD_LANES)[None, :]
         tl.store(row_slot + pad, tl.full((OWN, PAD_LANES), -1, tl.int32), mask=pad < pad_end[:, None])
     if GROUP:
-        # As few groups as hold an expert's tiles, and those of one size, but the last.
         groups = (tiles + GROUP - 1) // GROUP
         group_end = tl.cumsum(groups, 0)
         first_tile = tl.gather(tile_end - tiles, expert, 0)[:, None]
         first_group = tl.gather(group_end - groups, expert, 0)[:, None]
         count = tl.where(own < BINS, tl.gather(tiles, expert, 0), 0)
-        size = tl.maximum((count + (count + GROUP - 1) // GROUP - 1) // tl.maximum((count + GROUP - 1) // GROUP, 1), 1)
+        size = tiles_of_group(count, GROUP)
         most = tl.max(count, 0)
         count, size, owner = count[:, None], size[:, None], expert[:, None]
         for first in range(0, most, TILE_LANES):
@@ -216,6 +222,13 @@ class RowGroups:
     group_row: Tensor
     group_expert: Tensor
     num_groups: Tensor
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """As kernels take them."""
+        return (
+            self.slot_row, self.tile_start, self.tile_rows, self.group_row, self.group_expert, self.num_groups,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -284,6 +297,29 @@ def num_bins(num_experts: int) -> int:
     return max(32, triton.next_power_of_2(num_experts))
 
 
+def id_arguments(
+    topk_ids: Tensor,
+    num_experts: int,
+    start: int,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    unused: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, int]]:
+    """Tensors, sizes and constants from which a kernel makes :func:`local_expert_ids`; ``unused`` stands for none."""
+    tensors = (
+        topk_ids,
+        expert_map if expert_map is not None else unused,
+        num_valid_tokens if num_valid_tokens is not None else unused,
+    )
+    sizes = (topk_ids.numel(), num_experts, start, expert_map.shape[0] if expert_map is not None else 0)
+    flags = {
+        "TOP_K": topk_ids.shape[1],
+        "HAS_MAP": expert_map is not None,
+        "HAS_VALID": num_valid_tokens is not None,
+    }
+    return tensors, sizes, flags
+
+
 def route(
     topk_ids: Tensor,
     num_experts: int,
@@ -305,34 +341,18 @@ def route(
     config = config or RoutingConfig.of(slots, bins)
     chunks = triton.cdiv(slots, config.chunk)
     unused = buffers.local_ids
-    source = (
-        topk_ids,
-        expert_map if expert_map is not None else unused,
-        num_valid_tokens if num_valid_tokens is not None else unused,
-        buffers.hist if config.count_first else unused,
-    )
-    sizes = (slots, num_experts, start, expert_map.shape[0] if expert_map is not None else 0)
-    flags = {
-        "TOP_K": topk_ids.shape[1],
-        "HAS_MAP": expert_map is not None,
-        "HAS_VALID": num_valid_tokens is not None,
-        "BINS": bins,
-        "CHUNK": config.chunk,
-    }
+    ids, sizes, flags = id_arguments(topk_ids, num_experts, start, expert_map, num_valid_tokens, unused)
+    hist = buffers.hist if config.count_first else unused
     if config.count_first:
-        _count[(chunks,)](*source, *sizes, **flags, num_warps=4)
+        _count[(chunks,)](*ids, hist, *sizes, **flags, BINS=bins, CHUNK=config.chunk, num_warps=4)
     tiles, groups = buffers.tiles, buffers.groups
-    grouped = (unused,) * 6
-    if groups is not None:
-        grouped = (
-            groups.slot_row, groups.tile_start, groups.tile_rows, groups.group_row, groups.group_expert,
-            groups.num_groups,
-        )  # fmt: skip
+    grouped = groups.tables if groups is not None else (unused,) * 6
     _place[(chunks,)](
-        *source, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
+        *ids, hist, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *grouped, *sizes, rows, rows // row_tile, chunks,
-        **flags, HAS_HIST=config.count_first, BLOCK=config.block, OWN=config.own(slots, bins),
-        P=row_tile, GROUP=groups.rows // row_tile if groups else 0, PAD_LANES=min(row_tile, 16),
+        **flags, BINS=bins, CHUNK=config.chunk, HAS_HIST=config.count_first, BLOCK=config.block,
+        OWN=config.own(slots, bins), P=row_tile, GROUP=groups.rows // row_tile if groups else 0,
+        PAD_LANES=min(row_tile, 16),
         # A program that writes for all experts has many of them and few slots: an expert's tiles are one or two.
         TILE_LANES=16 if config.count_first else 2, num_warps=config.num_warps,
     )  # fmt: skip
