@@ -111,12 +111,8 @@ def run_fused_swiglu_grouped_gemm(
     columns = operands.columns
     if columns % 8:
         raise InputError(f"mat_b: interleaved gate/up columns come in groups of 8, found N = {columns}")
-    if swiglu_limit < 0:
-        raise InputError(f"swiglu_limit: expected a positive number, or 0.0 for no clamp, found {swiglu_limit}")
-    if layout is None:
-        layout = "interleaved" if out is not None and out.shape[-1] == columns else "half"
-    if layout not in ("half", "interleaved"):
-        raise InputError(f'layout: expected "half" or "interleaved", found {layout!r}')
+    check_limit(swiglu_limit)
+    layout = resolved_layout(layout, out, columns)
     width = columns if layout == "interleaved" else columns // 2
     out = _result(out, (operands.rows, width), torch.bfloat16, mat_a.device)
     product = operands.multiply()
@@ -155,9 +151,23 @@ def warmup_fused_swiglu_compilation(
     num_experts: int, k_packed: int, n_packed: int, device: torch.device | str, swiglu_limit: float = 0.0
 ) -> None:
     """:func:`warmup_compilation` for :func:`run_fused_swiglu_grouped_gemm`."""
+    check_limit(swiglu_limit)
+    warmup_compilation(num_experts, k_packed, n_packed, device)
+
+
+def check_limit(swiglu_limit: float) -> None:
+    """Refuse a negative limit; 0.0 is off."""
     if swiglu_limit < 0:
         raise InputError(f"swiglu_limit: expected a positive number, or 0.0 for no clamp, found {swiglu_limit}")
-    warmup_compilation(num_experts, k_packed, n_packed, device)
+
+
+def resolved_layout(layout: Layout | None, out: Tensor | None, columns: int) -> Layout:
+    """The layout asked for, or what ``out`` says by its width; ``columns`` are those of mat_b."""
+    if layout is None:
+        layout = "interleaved" if out is not None and out.shape[-1] == columns else "half"
+    if layout not in ("half", "interleaved"):
+        raise InputError(f'layout: expected "half" or "interleaved", found {layout!r}')
+    return layout
 
 
 class _Operands:

@@ -44,9 +44,7 @@ def gemm_kernel(config: BlackwellConfig, device_index: int) -> Kernel:
     """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
     capability = torch.cuda.get_device_capability(device_index)
     cubin, entry = CACHE.load(config, stored(config, capability) or ARCH_OF[capability])
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # the primary context exists from here on
-        return Kernel(cubin, entry, THREADS, config.shared_bytes, SIGNATURE, cluster=config.ctas)
+    return Kernel.on_device(device_index, cubin, entry, THREADS, config.shared_bytes, SIGNATURE, cluster=config.ctas)
 
 
 @dataclass(frozen=True)

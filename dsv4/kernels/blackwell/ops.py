@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv4.errors import InputError
 from dsv4.kernels.blackwell.config import BlackwellConfig, chosen
 from dsv4.kernels.blackwell.launch import Loader, Operands, Requantized, gemm_kernel, grouped_gemm
-from dsv4.ops.gemm_runner import Layout
+from dsv4.ops.gemm_runner import Layout, check_limit, resolved_layout
 
 
 def run_nvfp4_grouped_gemm(
@@ -79,11 +79,10 @@ def run_fused_swiglu_grouped_gemm(
         InputError: a shape, dtype, stride, address or layout does not fit, or the limit is negative.
     """
     operands = _operands(mat_a, mat_b, scale_a, scale_b, expert_offsets, global_scale_a, global_scale_b, row_scale)
-    if swiglu_limit < 0:
-        raise InputError(f"swiglu_limit: expected a positive number, or 0.0 for no clamp, found {swiglu_limit}")
+    check_limit(swiglu_limit)
     rows, columns = mat_a.shape[0], mat_b.shape[2]
-    interleaved = layout == "interleaved" or (layout is None and out is not None and out.shape[-1] == columns)
-    if layout not in (None, "half", "interleaved") or (interleaved and requantized is not None):
+    interleaved = resolved_layout(layout, out, columns) == "interleaved"
+    if interleaved and requantized is not None:
         raise InputError(f'layout: expected "half", or "interleaved" for bf16 results, found {layout!r}')
     if out is None and requantized is not None:
         out = torch.empty(rows, columns // 4, dtype=torch.uint8, device=mat_a.device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from dsv4.errors import BackendError
 
@@ -129,6 +131,13 @@ class Kernel:
         call(self._driver, "cuFuncSetAttribute", self._function, _CARVEOUT, 100)
         self._threads, self._shared, self._signature = threads, shared_bytes, tuple(signature)
         self._cluster = cluster
+
+    @classmethod
+    def on_device(cls, device_index: int, *args: Any, **settings: Any) -> Self:
+        """A kernel of a certain device; arguments are the constructor's."""
+        with torch.cuda.device(device_index):
+            torch.cuda.current_stream().synchronize()  # the primary context exists from here on
+            return cls(*args, **settings)
 
     def __call__(self, grid: int, stream: int, *args: Any, dependent: bool = False) -> None:
         """Launch ``grid`` programs on a CUDA stream handle; ``dependent`` lets it start before its predecessor ends."""

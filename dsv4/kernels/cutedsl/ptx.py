@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -146,16 +146,6 @@ def minimum(a, b):
 def maximum(a, b):
     """The larger one; a NaN in either is the result."""
     return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
-
-
-def wide(value):
-    """A 32-bit index as a 64-bit address offset."""
-    return Int64(value)
-
-
-def load_u32(address):
-    """Four bytes of global memory."""
-    return inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
 
 
 def store_b8(address, value):

@@ -80,9 +80,7 @@ def _check_operands(
 def gemm_kernel(config: HopperConfig, device_index: int) -> Kernel:
     """The grouped GEMM of a configuration, loaded once for each device: from the cache, or compiled."""
     cubin, entry = CACHE.load(config, ARCH)
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # the primary context exists from here on
-        return Kernel(cubin, entry, config.threads, config.shared_bytes, GEMM_SIGNATURE)
+    return Kernel.on_device(device_index, cubin, entry, config.threads, config.shared_bytes, GEMM_SIGNATURE)
 
 
 def grouped_gemm(
@@ -120,8 +118,8 @@ def grouped_gemm(
         multiprocessors: of the device.
         limit: of SwiGLU.
         topk_weights: fp32, by slot.
-        dependent: start before the launch before it has ended; it must be a kernel that wrote neither ``tiles`` nor
-            ``groups``.
+        dependent: start before the launch before it has ended, which wrote ``tiles`` and ``groups`` only if
+            ``config.follows_routing``.
 
     Raises:
         InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
