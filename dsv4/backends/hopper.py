@@ -238,7 +238,8 @@ class HopperBackend(PortableBackend):
             route_and_scatter(
                 call.topk_ids, x, tables, image, row_scale, cfg.num_experts, tiling.unit, source=source, scale=scale,
                 weights=input_weights, start=cfg.experts_start_idx, expert_map=call.expert_map,
-                num_valid_tokens=call.num_valid_tokens,
+                num_valid_tokens=call.num_valid_tokens, experts=packed.experts,
+                row_tiles=2 * cfg.intermediate_size // 64,
             )  # fmt: skip
         else:
             self._fill(tables, call, tiling.unit)

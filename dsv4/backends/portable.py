@@ -344,7 +344,7 @@ def token_classes(num_experts: int, top_k: int, max_num_tokens: int, edges: tupl
         routing = RoutingConfig.of(slots, bins)
         wide = slots <= FP32_SLOTS and 2 * tokens <= max_num_tokens
         beyond = sum(slots > edge for edge in edges)
-        first.setdefault((routing, routing.own(slots, bins), beyond, wide), tokens)
+        first.setdefault((routing, beyond, wide), tokens)
     return tuple(first.values())
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.hopper.layout import to_image
+import triton.language as tl
+
+from dsv4.kernels.hopper import stages
+from dsv4.kernels.hopper.layout import BLOCK_BYTES, to_image
 from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, route_and_scatter, scatter_rows
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
@@ -218,6 +221,50 @@ def check_together() -> None:
                 assert torch.equal(row_scale, other_scale)
 
 
+def check_fetching() -> None:
+    """Programs beyond the slots fetch, each once, the first bytes of the weights of the first row groups' tiles, in the
+    order of GEMM 1, at most 12288 pieces of 768 tiles, and nothing of experts without rows; they write nothing."""
+    asked: list[tuple[int, int]] = []
+
+    def fetch(address: tl.tensor, mask: tl.tensor, PIECE: int) -> None:
+        piece = getattr(PIECE, "value", PIECE)
+        asked.extend((int(a), piece) for a in address.handle.data[mask.handle.data])
+
+    stages._fetch, before = fetch, stages._fetch
+    tl.extra.cuda.gdc_launch_dependents = lambda **_: None
+    k, experts = 256, 9
+    try:
+        for seed, (tokens, top_k, row_tiles, pieces) in enumerate(
+            ((1, 3, 6, 8), (4, 4, 4, 8), (10, 6, 30, 8), (16, 4, 2, 8))
+        ):
+            generator = torch.Generator().manual_seed(seed)
+            ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
+            x = torch.randn(tokens, k, generator=generator).bfloat16()
+            weights = torch.zeros(experts, row_tiles * 2 * BLOCK_BYTES + 64, dtype=torch.uint8)
+            want = expected(ids.flatten().tolist(), experts, 8, 16)
+            asked.clear()
+            images = []
+            for given in (weights, None):
+                got = poisoned_buffers(tokens * top_k, experts, 8, 16)
+                image = torch.full((got.tiles.row_slot.numel() * k,), POISON, dtype=torch.int16)
+                route_and_scatter(
+                    ids, x, got, image.view(torch.bfloat16), torch.empty(0), experts, 8, source=ScaleSource.NONE,
+                    experts=given, row_tiles=row_tiles,
+                )  # fmt: skip
+                assert_filled(got.groups, want)
+                images.append(image)
+            assert torch.equal(*images)
+            tiles = [
+                weights.data_ptr() + expert * weights.stride(0) + tile * 2 * BLOCK_BYTES
+                for expert in want.group_expert
+                for tile in range(row_tiles)
+            ]
+            first = tiles[: min(768, tokens * top_k * row_tiles)]
+            assert sorted(asked) == sorted((at + 1152 * piece, 1152) for at in first for piece in range(pieces))
+    finally:
+        stages._fetch = before
+
+
 def check_gather() -> None:
     """With and without scales: each slot's row is its token, bit for bit; the rest keeps what it holds."""
     for case in cases():
@@ -266,6 +313,7 @@ if __name__ == "__main__":
     mend()
     check_scatter()
     check_together()
+    check_fetching()
     check_gather()
     check_quantize()
     check_amax()

@@ -146,8 +146,9 @@ def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
     stages = [stage for stage in found if stage.kernel.fn.__module__ == "dsv4.kernels.hopper.stages"]
     assert stages
     for stage in stages:
-        compiled = stage.compile(90)
-        assert not {"LDL", "STL"} & set(sass(compiled.asm["cubin"], tmp_path)), stage.kernel.__name__
+        instructions = set(sass(stage.compile(90).asm["cubin"], tmp_path))
+        assert not {"LDL", "STL"} & instructions, stage.kernel.__name__
+        assert ("UBLKPF" in instructions) == (stage.kernel.__name__ == "_route_and_scatter")  # it fetches to L2
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv4.errors import InputError
 from dsv4.kernels.hopper.config import FEW_SLOTS
+from dsv4.kernels.hopper.layout import BLOCK_BYTES
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
 from dsv4.kernels.triton.routing import RoutingBuffers, RowGroups, id_arguments, local_expert_ids, tiles_of_group
@@ -154,8 +155,72 @@ def _of_slot(values, slot, mine):
     return tl.sum(tl.where(slot == mine, values, 0), 0)
 
 
+_PIECE = BLOCK_BYTES // 4
+_PIECES, _FETCHED_TILES, _FETCHED_PIECES = 32, 768, 12288
+"""Weights are fetched in pieces of 1152 bytes: up to so many of a 64-row tile, of so many tiles, and so many in all.
+
+That is 14 MB, which memory delivers in the 3 us that routing and scattering take; the tiles are those of the programs
+that GEMM 1 begins with."""
+
+
+@triton.jit
+def _first_weights(
+    program, order, local, head, row_tiles, tiles, pieces, expert_bytes, run_bytes,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Of each lane, the byte from which on it fetches, and whether there is anything; a program takes ``TILES`` tiles.
+
+    Tiles are numbered as GEMM 1 takes them: row group by row group, ``row_tiles`` in each; ``pieces`` from the
+    beginning of each are fetched, of ``tiles`` in all. ``order`` is the number of a slot's row group, and ``head``
+    whether the slot is the first there.
+    """
+    lane = tl.arange(0, TILES * PIECES)
+    piece = lane % PIECES
+    tile = program * TILES + lane // PIECES
+    expert = tl.full((TILES * PIECES,), -1, tl.int32)
+    for i in tl.static_range(TILES):
+        group = (program * TILES + i) // row_tiles
+        one = tl.sum(tl.where(head & (order == group), local + 1, 0), 0) - 1
+        expert = tl.where(lane // PIECES == i, one, expert)
+    at = expert.to(tl.int64) * expert_bytes + (tile % row_tiles).to(tl.int64) * run_bytes + piece * PIECE
+    return at, (expert >= 0) & (piece < pieces) & (tile < tiles)
+
+
+@triton.jit
+def _fetch(address, mask, PIECE: tl.constexpr):
+    """From memory to the L2 cache, without waiting."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred p;
+            setp.ne.u32 p, $2, 0;
+            @p cp.async.bulk.prefetch.L2.global [$1], $3;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r,r",
+        [address, mask.to(tl.int32), tl.full(mask.shape, PIECE, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(
-    do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles"],
+    do_not_specialize=[
+        "S",
+        "E",
+        "START",
+        "MAP_SIZE",
+        "HAS_VALID",
+        "num_rows",
+        "num_row_tiles",
+        "expert_bytes",
+        "run_bytes",
+        "row_tiles",
+        "fetched_tiles",
+        "pieces",
+    ],
     do_not_specialize_on_alignment=["num_valid"],
 )
 def _route_and_scatter(
@@ -165,17 +230,24 @@ def _route_and_scatter(
     local_ids, amax, row_slot, tile_expert, num_tiles,  # see RoutingBuffers, TileMap
     slot_row, tile_start, tile_rows, group_row, group_expert, num_groups,  # see RowGroups
     x, weights, scale, image, row_scale,  # see _scatter_rows
-    S, E, START, MAP_SIZE, num_rows, num_row_tiles, K,
-    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+    experts,  # u8, if FETCH
+    S, E, START, MAP_SIZE, HAS_VALID, num_rows, num_row_tiles, expert_bytes, run_bytes, row_tiles, fetched_tiles,
+    pieces, K,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr,
     SLOTS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
-    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr,
+    SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr, FETCH: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program for each slot. All find all rows, by comparing slots with each other; the first writes them down."""
+    """A program for each slot. All find all rows, by comparing slots with each other; the first writes them down. With
+    ``FETCH`` there are programs beyond the slots, which fetch weights."""
+    if FETCH:
+        # The next launch waits for this one before it reads anything that is written here.
+        tl.extra.cuda.gdc_launch_dependents()
     mine = tl.program_id(0)
-    token = mine // TOP_K
+    token = tl.minimum(mine, S - 1) // TOP_K
     pairs, here = _load_token(x, token, K, BLOCKS)
     slot = tl.arange(0, SLOTS)
-    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, HAS_VALID, TOP_K, HAS_MAP)
     served = local >= 0
     same = (local[:, None] == local[None, :]) & served[None, :]
     # Of each slot along the second dimension: how many its expert has, and how many of them come before it.
@@ -196,6 +268,12 @@ def _route_and_scatter(
     start = (first_tile + group * size) * P
     rows = tl.minimum(size, tiles - group * size) * P
 
+    if FETCH and mine >= S:
+        at, fetched = _first_weights(
+            mine - S, first_group + group, local, served & (rank % (size * P) == 0), row_tiles, fetched_tiles, pieces,
+            expert_bytes, run_bytes, PIECE, PIECES, TILES,
+        )  # fmt: skip
+        _fetch(experts.to(tl.int64) + at, fetched, PIECE)
     if mine == 0:
         used_tiles, used_groups = tl.sum(tiles_of, 0), tl.sum(groups_of, 0)
         tl.store(local_ids + slot, local, mask=slot < S)
@@ -226,7 +304,7 @@ def _route_and_scatter(
         tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
 
     expert = _of_slot(local, slot, mine)
-    if expert >= 0:
+    if (mine < S) & (expert >= 0):
         _put_row(
             pairs, here, weights, scale, token, _of_slot(row, slot, mine), _of_slot(start, slot, mine),
             _of_slot(rows, slot, mine), expert, image, row_scale, K, SOURCE, HAS_WEIGHT, BLOCKS,
@@ -361,8 +439,12 @@ def route_and_scatter(
     start: int = 0,
     expert_map: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
+    experts: Tensor | None = None,
+    row_tiles: int = 1,
 ) -> None:
     """Routing (:mod:`dsv4.kernels.triton.routing`), then :func:`scatter_rows`, in one launch.
+
+    Memory, which has little else to do meanwhile, fetches the weights that the product behind it reads first.
 
     Args:
         topk_ids: int32 or int64 ``[T, k]``, global; up to ``FEW_SLOTS`` in all.
@@ -378,6 +460,9 @@ def route_and_scatter(
         start: first expert's global id.
         expert_map: int32, global to local ids, or None.
         num_valid_tokens: int32 ``[1]``, or None.
+        experts: uint8 ``[E, bytes]``, beginning with the matrices of the product that is launched next, which may begin
+            before this launch has ended (Hopper and later); None for neither.
+        row_tiles: 64s of rows of such a matrix.
 
     Raises:
         InputError: too many slots, a source that is not served, or no row groups.
@@ -391,12 +476,18 @@ def route_and_scatter(
         )
     blocks = triton.next_power_of_2(k // 64)
     ids, sizes, flags = id_arguments(topk_ids, num_experts, start, expert_map, num_valid_tokens, buffers.local_ids)
-    _route_and_scatter[(slots,)](
+    fetched = min(slots * row_tiles, _FETCHED_TILES) if experts is not None else 0
+    run_bytes = k // 128 * BLOCK_BYTES
+    pieces = min(_PIECES, run_bytes // _PIECE, _FETCHED_PIECES // max(fetched, 1))
+    tiles_of_program = 4  # a lane for each piece
+    _route_and_scatter[(slots + triton.cdiv(fetched, tiles_of_program),)](
         *ids, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles, *groups.tables, x,
         weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
-        *sizes, tiles.row_slot.shape[0], tiles.tile_expert.shape[0], k, **flags,
+        experts if experts is not None else row_scale, *sizes, tiles.row_slot.shape[0], tiles.tile_expert.shape[0],
+        experts.stride(0) if experts is not None else 0, run_bytes, row_tiles, fetched, pieces, k, **flags,
         SLOTS=FEW_SLOTS, P=unit, GROUP=groups.rows // unit, SOURCE=int(source), HAS_WEIGHT=weights is not None,
-        BLOCKS=blocks, num_warps=4,
+        BLOCKS=blocks, FETCH=experts is not None, PIECE=_PIECE, PIECES=_PIECES,
+        TILES=tiles_of_program, num_warps=4,
     )  # fmt: skip
 
 

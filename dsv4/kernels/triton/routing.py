@@ -25,16 +25,19 @@ from dsv4.kernels.triton.grouped_gemm import TileMap
 ONE_LAUNCH_SLOTS = 1024
 _MANY_SLOTS = 16384
 _SMALL_CHUNK, _CHUNK, _LARGE_CHUNK = 16, 128, 256
+_FEW_SLOTS, _MORE_SLOTS = 128, 512
+"""Slots that a program counts at a time in one launch: each number is a kernel to compile."""
+
 _HISTOGRAM_TILE = 4096
 _FILL = tl.constexpr(1024)
 
 
 @triton.jit
 def local_expert_ids(
-    ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE,
-    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+    ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, HAS_VALID,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Local ids of some slots, -1 where dropped or beyond the last."""
+    """Local ids of some slots, -1 where dropped or beyond the last; ``HAS_VALID`` is 1 or 0."""
     in_range = slot < S
     wide = tl.load(ids + slot, mask=in_range, other=-1).to(tl.int64)
     if HAS_MAP:
@@ -43,8 +46,9 @@ def local_expert_ids(
     else:
         shifted = wide - START
         local = tl.where((shifted >= 0) & (shifted < E), shifted, -1).to(tl.int32)
-    if HAS_VALID:
-        local = tl.where(slot // TOP_K < tl.load(num_valid), local, -1)
+    # Not a constant: with it, every kernel that routes would be compiled twice.
+    valid = tl.load(num_valid, mask=HAS_VALID != 0, other=0x7FFFFFFF)
+    local = tl.where(slot // TOP_K < valid, local, -1)
     return tl.where(in_range, local, -1)
 
 
@@ -61,20 +65,22 @@ def tiles_of_group(tiles, GROUP):
 
 
 # ``num_valid`` is one number, often out of a larger buffer: no kernel of its own for each alignment.
-@triton.jit(do_not_specialize=["S", "E", "START", "MAP_SIZE"], do_not_specialize_on_alignment=["num_valid"])
+@triton.jit(
+    do_not_specialize=["S", "E", "START", "MAP_SIZE", "HAS_VALID"], do_not_specialize_on_alignment=["num_valid"]
+)
 def _count(
-    ids, expert_map, num_valid, hist, S, E, START, MAP_SIZE,
-    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr, HAS_VALID: tl.constexpr,
+    ids, expert_map, num_valid, hist, S, E, START, MAP_SIZE, HAS_VALID,
+    TOP_K: tl.constexpr, HAS_MAP: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, HAS_VALID, TOP_K, HAS_MAP)
     tl.store(hist + chunk * BINS + tl.arange(0, BINS), _histogram(local, local >= 0, BINS))
 
 
 @triton.jit(
-    do_not_specialize=["S", "E", "START", "MAP_SIZE", "num_rows", "num_row_tiles", "chunks"],
+    do_not_specialize=["S", "E", "START", "MAP_SIZE", "HAS_VALID", "num_rows", "num_row_tiles", "chunks", "GROUP"],
     do_not_specialize_on_alignment=["num_valid"],
 )
 def _place(
@@ -87,7 +93,7 @@ def _place(
     row_slot,  # i32 [num_rows]
     tile_expert,  # i32 [num_row_tiles]
     num_tiles,  # i32 [1]
-    slot_row,  # i32 [S]; this and the next five if GROUP
+    slot_row,  # i32 [S]; this and the next five if HAS_GROUPS
     tile_start,  # i32 [num_row_tiles]
     tile_rows,  # i32 [num_row_tiles]
     group_row,  # i32 [groups + 1]
@@ -97,19 +103,20 @@ def _place(
     E,
     START,
     MAP_SIZE,
+    HAS_VALID,
     num_rows,
     num_row_tiles,
     chunks,
+    GROUP,  # most tiles of a row group
     TOP_K: tl.constexpr,
     HAS_MAP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
     HAS_HIST: tl.constexpr,  # else count here
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,  # slots, or with HAS_HIST chunks, counted at a time
-    OWN: tl.constexpr,  # experts whose padding a program writes
+    OWN: tl.constexpr,  # experts whose padding a program writes at a time
     P: tl.constexpr,
-    GROUP: tl.constexpr,  # most tiles of a row group, 0 for no groups
     PAD_LANES: tl.constexpr,  # rows of padding, and tiles of an expert, written at a time
     TILE_LANES: tl.constexpr,
 ):
@@ -131,7 +138,7 @@ def _place(
         before = tl.zeros((BINS,), tl.int32)
         for first in range(0, S, BLOCK):
             slot = first + tl.arange(0, BLOCK)
-            local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+            local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, HAS_VALID, TOP_K, HAS_MAP)
             counts = _histogram(local, local >= 0, BINS)
             total += counts
             if first + BLOCK <= begin:
@@ -146,7 +153,7 @@ def _place(
 
     in_chunk = tl.arange(0, CHUNK)
     mine = begin + in_chunk
-    own_local = local_expert_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, TOP_K, HAS_MAP, HAS_VALID)
+    own_local = local_expert_ids(ids, expert_map, num_valid, mine, S, E, START, MAP_SIZE, HAS_VALID, TOP_K, HAS_MAP)
     served = own_local >= 0
     # Earlier slots along axis 0, so that a thread sums its own and no shuffles are needed.
     same = (own_local[:, None] == own_local[None, :]) & (in_chunk[:, None] < in_chunk[None, :])
@@ -155,40 +162,44 @@ def _place(
     tl.store(local_ids + mine, own_local, mask=mine < S)
     tl.store(row_slot + row, mine, mask=served)
     tl.store(tile_expert + row // P, own_local, mask=served & (row % P == 0))  # each tile has one first row
-    if GROUP:
+    if HAS_GROUPS:
         tl.store(slot_row + mine, tl.where(served, row, -1), mask=mine < S)
-
-    # Padding at the end of each expert's last tile.
-    own = chunk * OWN + tl.arange(0, OWN)
-    expert = tl.where(own < BINS, own, 0)
-    pad_start = tl.gather(row_start + total, expert, 0)
-    pad_end = tl.where(own < BINS, tl.gather(tile_end * P, expert, 0), 0)
-    for first in range(0, P, PAD_LANES):
-        pad = pad_start[:, None] + first + tl.arange(0, PAD_LANES)[None, :]
-        tl.store(row_slot + pad, tl.full((OWN, PAD_LANES), -1, tl.int32), mask=pad < pad_end[:, None])
-    if GROUP:
         groups = (tiles + GROUP - 1) // GROUP
         group_end = tl.cumsum(groups, 0)
-        first_tile = tl.gather(tile_end - tiles, expert, 0)[:, None]
-        first_group = tl.gather(group_end - groups, expert, 0)[:, None]
-        count = tl.where(own < BINS, tl.gather(tiles, expert, 0), 0)
-        size = tiles_of_group(count, GROUP)
-        most = tl.max(count, 0)
-        count, size, owner = count[:, None], size[:, None], expert[:, None]
-        for first in range(0, most, TILE_LANES):
-            tile = first + tl.arange(0, TILE_LANES)[None, :]
-            real = tile < count
-            group = tile // size
-            start = (first_tile + group * size) * P
-            tl.store(tile_start + first_tile + tile, start, mask=real)
-            tl.store(tile_rows + first_tile + tile, tl.minimum(size, count - group * size) * P, mask=real)
-            head = real & (tile % size == 0)
-            tl.store(group_row + first_group + group, start, mask=head)
-            tl.store(group_expert + first_group + group, owner + tl.zeros_like(tile), mask=head)
         if chunk == 0:
             used_groups = tl.sum(groups, 0)
             tl.store(num_groups, used_groups)
             tl.store(group_row + used_groups, used_tiles * P)
+
+    # Of a program's share of the experts: padding at the end of the last tile, and groups.
+    share = (BINS + chunks - 1) // chunks
+    for first_own in range(0, share, OWN):
+        lane = first_own + tl.arange(0, OWN)
+        own = chunk * share + lane
+        real_expert = (lane < share) & (own < BINS)
+        expert = tl.where(real_expert, own, 0)
+        pad_start = tl.gather(row_start + total, expert, 0)
+        pad_end = tl.where(real_expert, tl.gather(tile_end * P, expert, 0), 0)
+        for first in range(0, P, PAD_LANES):
+            pad = pad_start[:, None] + first + tl.arange(0, PAD_LANES)[None, :]
+            tl.store(row_slot + pad, tl.full((OWN, PAD_LANES), -1, tl.int32), mask=pad < pad_end[:, None])
+        if HAS_GROUPS:
+            first_tile = tl.gather(tile_end - tiles, expert, 0)[:, None]
+            first_group = tl.gather(group_end - groups, expert, 0)[:, None]
+            count = tl.where(real_expert, tl.gather(tiles, expert, 0), 0)
+            size = tiles_of_group(count, GROUP)
+            most = tl.max(count, 0)
+            count, size, owner = count[:, None], size[:, None], expert[:, None]
+            for first in range(0, most, TILE_LANES):
+                tile = first + tl.arange(0, TILE_LANES)[None, :]
+                real = tile < count
+                group = tile // size
+                start = (first_tile + group * size) * P
+                tl.store(tile_start + first_tile + tile, start, mask=real)
+                tl.store(tile_rows + first_tile + tile, tl.minimum(size, count - group * size) * P, mask=real)
+                head = real & (tile % size == 0)
+                tl.store(group_row + first_group + group, start, mask=head)
+                tl.store(group_expert + first_group + group, owner + tl.zeros_like(tile), mask=head)
     # Rows and tiles beyond the last.
     for first in range(used_tiles * P + chunk * _FILL, num_rows, chunks * _FILL):
         unused = first + tl.arange(0, _FILL)
@@ -278,12 +289,13 @@ class RoutingConfig:
           T = 8192: 256 slots 11.8, with eight warps 13.4, with sixteen 239; 512 slots 18.7.
         """
         if slots <= ONE_LAUNCH_SLOTS:
-            return cls(_SMALL_CHUNK, max(64, triton.next_power_of_2(slots)), False)
+            return cls(_SMALL_CHUNK, _FEW_SLOTS if slots <= _FEW_SLOTS else _MORE_SLOTS, False)
         return cls(_CHUNK if slots <= _MANY_SLOTS else _LARGE_CHUNK, max(1, _HISTOGRAM_TILE // bins), True)
 
-    def own(self, slots: int, bins: int) -> int:
-        """Experts whose padding a program writes."""
-        return triton.next_power_of_2(triton.cdiv(bins, triton.cdiv(slots, self.chunk)))
+    @property
+    def own(self) -> int:
+        """Experts whose padding and groups a program writes at a time: with few programs each has many."""
+        return 16 if self.count_first else 64
 
 
 def histogram_size(slots: int, num_experts: int) -> int:
@@ -311,12 +323,9 @@ def id_arguments(
         expert_map if expert_map is not None else unused,
         num_valid_tokens if num_valid_tokens is not None else unused,
     )
-    sizes = (topk_ids.numel(), num_experts, start, expert_map.shape[0] if expert_map is not None else 0)
-    flags = {
-        "TOP_K": topk_ids.shape[1],
-        "HAS_MAP": expert_map is not None,
-        "HAS_VALID": num_valid_tokens is not None,
-    }
+    map_size = expert_map.shape[0] if expert_map is not None else 0
+    sizes = (topk_ids.numel(), num_experts, start, map_size, int(num_valid_tokens is not None))
+    flags = {"TOP_K": topk_ids.shape[1], "HAS_MAP": expert_map is not None}
     return tensors, sizes, flags
 
 
@@ -349,9 +358,9 @@ def route(
     grouped = groups.tables if groups is not None else (unused,) * 6
     _place[(chunks,)](
         *ids, hist, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
-        *grouped, *sizes, rows, rows // row_tile, chunks,
-        **flags, BINS=bins, CHUNK=config.chunk, HAS_HIST=config.count_first, BLOCK=config.block,
-        OWN=config.own(slots, bins), P=row_tile, GROUP=groups.rows // row_tile if groups else 0,
+        *grouped, *sizes, rows, rows // row_tile, chunks, groups.rows // row_tile if groups else 1,
+        **flags, HAS_GROUPS=groups is not None, BINS=bins, CHUNK=config.chunk, HAS_HIST=config.count_first,
+        BLOCK=config.block, OWN=config.own, P=row_tile,
         PAD_LANES=min(row_tile, 16),
         # A program that writes for all experts has many of them and few slots: an expert's tiles are one or two.
         TILE_LANES=16 if config.count_first else 2, num_warps=config.num_warps,
