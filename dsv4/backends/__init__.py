@@ -22,15 +22,15 @@ __all__ = ["BACKENDS", "Backend", "Call", "InputScales", "Packed", "Verdict", "c
 _log = logging.getLogger("dsv4")
 
 BACKENDS: tuple[type[Backend], ...] = (
+    HopperBackend,
     PortableBackend,
     ReferenceBackend,
-    HopperBackend,
     BlackwellBackend,
     LibraryBackend,
 )
 """In the order in which ``auto`` tries them: fastest first. The reference can always be used, so ``auto`` never takes
-what stands behind it: the Hopper kernels must be asked for by name until their last changes have run on a GPU, the
-Blackwell kernels until they have run on one at all, a library because its numbers are not these."""
+what stands behind it: the Blackwell kernels, until they have run on such a chip, and a library, because its numbers are
+not these."""
 
 
 def explain_all(config: MoEConfig, device: torch.device) -> dict[str, Verdict]:

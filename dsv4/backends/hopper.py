@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv4.backends.base import Call, Packed, Verdict, packing_parts
 from dsv4.backends.portable import PortableBackend
+from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.cutedsl.cache import dsl_version
 from dsv4.kernels.hopper.cache import ARCH, CACHE
@@ -106,8 +107,15 @@ class HopperBackend(PortableBackend):
                 f"hidden and intermediate size must be multiples of {_MULTIPLE}, found {config.hidden_size} and "
                 f"{config.intermediate_size}",
             )
-        if dsl_version() is None and CACHE.lookup(_gemm1_config(config, TILINGS[0]), ARCH) is None:
-            return Verdict(False, "nvidia-cutlass-dsl is not installed and the kernel cache is empty")
+        if dsl_version() is None:
+            needed = {kernel for layer in (config, *configurations()) for kernel in kernels(layer)}
+            missing = sum(CACHE.lookup(kernel, ARCH) is None for kernel in needed)
+            if missing:
+                return Verdict(
+                    False,
+                    f"nvidia-cutlass-dsl is not installed, and {missing} of the {len(needed)} kernels of the layer and "
+                    f"of the self-check are not in {CACHE.folder()}",
+                )
         return Verdict(True, "CuTe DSL, weights decoded in registers for wgmma")
 
     @classmethod

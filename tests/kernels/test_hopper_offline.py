@@ -11,8 +11,10 @@ from layer_cases import largest_call
 
 pytest.importorskip("triton")
 
+from dsv4.backends import hopper
 from dsv4.backends.base import Call, InputScales, Packed
-from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend
+from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend, kernels
+from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig
 from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.hopper import launch
@@ -149,6 +151,27 @@ def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
         instructions = set(sass(stage.compile(90).asm["cubin"], tmp_path))
         assert not {"LDL", "STL"} & instructions, stage.kernel.__name__
         assert ("UBLKPF" in instructions) == (stage.kernel.__name__ == "_route_and_scatter")  # it fetches to L2
+
+
+def test_without_the_dsl_it_declines_unless_every_kernel_is_cached(monkeypatch):
+    """Those of the layer and those of the self-check: one that is missing, whichever, is found before weights are
+    packed, and ``auto`` goes on to the next backend."""
+    config, cuda = MoEConfig(8, 256, 128, activation_format="bf16", batch_invariant=True), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked = []
+    monkeypatch.setattr(KernelCache, "lookup", lambda self, kernel, arch: asked.append(kernel) or (b"", ""))
+    assert HopperBackend.explain(config, cuda).usable
+    assert not asked  # the DSL is installed here
+    monkeypatch.setattr(hopper, "dsl_version", lambda: None)
+    assert HopperBackend.explain(config, cuda).usable
+    assert {*kernels(config), *(kernel for check in configurations() for kernel in kernels(check))} == {*asked}
+    for absent in (asked[0], asked[-1]):
+        found = lambda self, kernel, arch, absent=absent: None if kernel == absent else (b"", "")  # noqa: E731
+        monkeypatch.setattr(KernelCache, "lookup", found)
+        verdict = HopperBackend.explain(config, cuda)
+        assert not verdict.usable
+        assert f"1 of the {len(set(asked))} kernels" in verdict.reason
 
 
 @pytest.mark.parametrize("gated", [False, True])
