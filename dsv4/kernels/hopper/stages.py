@@ -239,10 +239,11 @@ def _route_and_scatter(
     PIECE: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program for each slot. All find all rows, by comparing slots with each other; the first writes them down. With
-    ``FETCH`` there are programs beyond the slots, which fetch weights."""
+    ``FETCH`` there are programs beyond the slots, which fetch weights, and launches overlap."""
     if FETCH:
-        # The next launch waits for this one before it reads anything that is written here.
+        # The next launch waits for this one before it reads anything, and this one for the one before it.
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     mine = tl.program_id(0)
     token = tl.minimum(mine, S - 1) // TOP_K
     pairs, here = _load_token(x, token, K, BLOCKS)
@@ -460,8 +461,9 @@ def route_and_scatter(
         start: first expert's global id.
         expert_map: int32, global to local ids, or None.
         num_valid_tokens: int32 ``[1]``, or None.
-        experts: uint8 ``[E, bytes]``, beginning with the matrices of the product that is launched next, which may begin
-            before this launch has ended (Hopper and later); None for neither.
+        experts: uint8 ``[E, bytes]``, beginning with the matrices of the product that is launched next. With them
+            launches overlap (Hopper and later): this one starts before the one before it has ended, and the product
+            may start before this one has. None for neither.
         row_tiles: 64s of rows of such a matrix.
 
     Raises:
@@ -487,7 +489,7 @@ def route_and_scatter(
         experts.stride(0) if experts is not None else 0, run_bytes, row_tiles, fetched, pieces, k, **flags,
         SLOTS=FEW_SLOTS, P=unit, GROUP=groups.rows // unit, SOURCE=int(source), HAS_WEIGHT=weights is not None,
         BLOCKS=blocks, FETCH=experts is not None, PIECE=_PIECE, PIECES=_PIECES,
-        TILES=tiles_of_program, num_warps=4,
+        TILES=tiles_of_program, num_warps=4, **({"launch_pdl": True} if experts is not None else {}),
     )  # fmt: skip
 
 

@@ -222,6 +222,7 @@ def _combine(
         for k in tl.static_range(TOP_K):
             factors += (tl.load(weights + token * TOP_K + k),)
     if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the next layer's first launch waits for this one
         tl.extra.cuda.gdc_wait()
     values: tl.tuple = ()
     for k in tl.static_range(TOP_K):
