@@ -24,6 +24,7 @@ from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
 from dsv4.kernels.blackwell.config import ARCHS, SHARED_BYTES, SUBTILE, THREADS, BlackwellConfig, deepest
 from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_kernel, sample_arguments
+from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
 from kernels.cubin import MachineCode, counts, read
 
 FLAGS = ("gated", "interleaved", "requantize", "wide_out", "row_scale", "weighted", "scattered", "limited")
@@ -126,6 +127,15 @@ def test_stores_are_whole_sectors(config: BlackwellConfig, arch: str) -> None:
     else:
         want = config.out_columns * (4 if config.wide_out else 2) // 32
     assert len(stores) == want
+
+
+@DISASSEMBLED
+def test_loads_of_numbers(config: BlackwellConfig, arch: str) -> None:
+    """A lane of the schedule reads the ends of its 16 experts and the one before them, an epilogue thread a tile's
+    global scales and what its flags ask for of its row."""
+    loads = [i for i in machine_code(config, arch).instructions if i.kind == "LDG"]
+    of_rows = config.row_scale + (config.weighted or config.scattered) + config.weighted + config.requantize
+    assert len(loads) == MAX_EXPERTS // 32 + 1 + 3 + of_rows
 
 
 @DISASSEMBLED

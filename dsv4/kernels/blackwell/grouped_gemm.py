@@ -160,8 +160,7 @@ class GroupedGemm(Loads, Results):
     def fill_table(self, table, ends, num_experts):
         """The first warp: every lane sums its own experts, then those before them."""
         lane = cute.arch.lane_idx()
-        pointer = cute.make_ptr(Int32, ends, cute.AddressSpace.gmem, assumed_align=4)
-        chunk = schedule.chunk_ends(cute.make_tensor(pointer, cute.make_layout(1)), num_experts, lane)
+        chunk = schedule.chunk_ends(schedule.ends_at(ends, num_experts), num_experts, lane)
         own_tiles = schedule.chunk_tiles(chunk, self.config.m)
         own_scales = schedule.chunk_tiles(chunk, 128)
         tiles, scales = own_tiles, own_scales
