@@ -48,8 +48,8 @@ class EmulatedGemm(GroupedGemm):
         return [acc[row, column + i] for i in range(32)]
 
     def bytes_at(self, base, offset):
-        """Bytes of shared memory from an offset on."""
-        return cute.make_tensor(base + offset, cute.make_layout(1))
+        """Bytes of shared memory from an offset on: more than one, or every index is the first."""
+        return cute.make_tensor(base + offset, cute.make_layout(self.config.shared_bytes))
 
     def block(self, base, operand, row, block):
         """Sixteen decoded values of a row and its block of the stage, through the swizzle's definition."""
