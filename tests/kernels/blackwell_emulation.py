@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_class
 from dsv4.kernels.cutedsl import ptx, schedule
-from kernels.blackwell_emulated import EmulatedConfig
+from kernels.blackwell_emulated import ARCH, EmulatedConfig
 
 
 class EmulatedGemm(GroupedGemm):
@@ -124,4 +124,9 @@ class EmulatedGemm(GroupedGemm):
 
 def compile_emulated(config: EmulatedConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name."""
-    return compile_class(EmulatedGemm(config), arch)
+    return compile_class(EmulatedGemm(config), arch)[:2]
+
+
+def emulated_ptx(config: EmulatedConfig) -> str:
+    """For :mod:`kernels.ptx_on_cpu`."""
+    return compile_class(EmulatedGemm(config), ARCH)[2]

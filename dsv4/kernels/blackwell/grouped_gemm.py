@@ -300,14 +300,15 @@ def sample_arguments(config: BlackwellConfig) -> tuple:
 
 def compile_kernel(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
-    return compile_class(GroupedGemm(config), arch)
+    return compile_class(GroupedGemm(config), arch)[:2]
 
 
-def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str]:
-    """The same of an instance."""
+def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str, str]:
+    """Cubin, entry name and PTX of an instance."""
     with TemporaryDirectory() as folder:
         options = f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
         compiled = cute.compile(kernel, *sample_arguments(kernel.config), options=options)
-        entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))
+        text = str(compiled.artifacts.PTX)
+        entry = re.search(r"\.entry (\w+)\(", text)
         assert entry is not None
-        return compiled.artifacts.CUBIN, entry[1]
+        return compiled.artifacts.CUBIN, entry[1], text
