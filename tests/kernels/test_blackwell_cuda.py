@@ -1,6 +1,6 @@
 """The Blackwell kernel and backend on a GPU without its tensor cores: everything but those, against plain torch.
 
-See :mod:`kernels.blackwell_emulation`. What is emulated stays unproven: docs/blackwell.md has the list.
+See :mod:`kernels.blackwell_emulation`; ``test_blackwell_on_cpu.py`` runs the products without a GPU. What is emulated stays unproven: docs/blackwell.md has the list.
 """
 
 from __future__ import annotations
