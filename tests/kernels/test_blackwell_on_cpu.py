@@ -1,15 +1,18 @@
-"""The Blackwell kernel without its tensor cores, run on the CPU: the tests that a Hopper GPU runs on its products.
+"""The Blackwell kernel without its tensor cores, and the backend around it, run on the CPU: a Hopper GPU's tests.
 
 The emulated kernel's PTX (:mod:`kernels.blackwell_emulation`) is translated to C (:mod:`kernels.ptx_on_cpu`): schedule,
-boxes, barriers, ragged ends and stores are the compiled kernel's, in random orders of threads and loads.
+boxes, barriers, ragged ends and stores are the compiled kernel's, in random orders of threads and loads. The backend's
+Triton kernels are interpreted.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import sys
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,11 +23,12 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
-from dsv4.kernels.blackwell import launch, ops
+from dsv4.kernels.blackwell import launch
 from kernels import ptx_on_cpu
 from kernels import test_blackwell_cuda as cuda
-from kernels.blackwell_emulated import PLAIN, TILES, EmulatedConfig
+from kernels.blackwell_emulated import PLAIN, TILES, EmulatedConfig, needed
 from kernels.blackwell_emulation import emulated_ptx
+from kernels.interpreter import mend, run
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -34,19 +38,26 @@ MULTIPROCESSORS = 3
 
 @cache
 def kernel_on_cpu(config: EmulatedConfig, device_index: int) -> ptx_on_cpu.Kernel:
-    """What a launch takes for its loader."""
+    """What a launch takes for its loader; a GPU machine gets no kernels but those that are needed."""
+    assert config in needed()
     with TemporaryDirectory() as folder:
         return ptx_on_cpu.Kernel(emulated_ptx(config), Path(folder), config.shared_bytes)
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """In place of the GPU, the driver's tensor maps and cubins."""
+def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device, the driver's tensor maps and cubins."""
     monkeypatch.setattr(cuda, "CUDA", torch.device("cpu"))
     monkeypatch.setattr(cuda, "emulated_kernel", kernel_on_cpu)
+    monkeypatch.setattr(cuda.EmulatedBackend, "loader", staticmethod(kernel_on_cpu))
     monkeypatch.setattr(launch, "tensor_map", ptx_on_cpu.tensor_map)
-    monkeypatch.setattr(ops, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    replace_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("counts", cuda.COUNTS)
@@ -84,6 +95,17 @@ def test_many_experts():
     cuda.test_many_experts()
 
 
+LAYERS = list(product(("w4a4-static", "w4a4-token", "w4a4-tensor"), ("output", "before_down")))
+
+
+@pytest.mark.parametrize(
+    ("mode", "place"), [LAYERS[0], *(pytest.param(*layer, marks=pytest.mark.kernels) for layer in LAYERS[1:])]
+)
+def test_the_layer_matches_the_oracle(mode, place):
+    """As there: routing, staging, both products, requantization, combine."""
+    run(__file__, mode, place)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "what"),
     [
@@ -102,3 +124,10 @@ def test_a_broken_kernel_is_found(right, wrong, what, tmp_path, monkeypatch):
     with pytest.raises((RuntimeError, AssertionError)) as error:
         cuda.test_plain_products("64x64", "ragged")
     assert re.search(what, repr(error.value))
+
+
+if __name__ == "__main__":
+    mend()
+    with pytest.MonkeyPatch.context() as patch:
+        replace_gpu(patch)
+        cuda.test_the_layer_matches_the_oracle(*sys.argv[1:], patch)
