@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_class
 from dsv4.kernels.cutedsl import ptx, schedule
-from kernels.blackwell_emulated import EmulatedConfig
+from kernels.blackwell_emulated import ARCH, EmulatedConfig
 
 
 class EmulatedGemm(GroupedGemm):
@@ -48,8 +48,8 @@ class EmulatedGemm(GroupedGemm):
         return [acc[row, column + i] for i in range(32)]
 
     def bytes_at(self, base, offset):
-        """Bytes of shared memory from an offset on."""
-        return cute.make_tensor(base + offset, cute.make_layout(1))
+        """Bytes of shared memory from an offset on: more than one, or every index is the first."""
+        return cute.make_tensor(base + offset, cute.make_layout(self.config.shared_bytes))
 
     def block(self, base, operand, row, block):
         """Sixteen decoded values of a row and its block of the stage, through the swizzle's definition."""
@@ -124,4 +124,9 @@ class EmulatedGemm(GroupedGemm):
 
 def compile_emulated(config: EmulatedConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name."""
-    return compile_class(EmulatedGemm(config), arch)
+    return compile_class(EmulatedGemm(config), arch)[:2]
+
+
+def emulated_ptx(config: EmulatedConfig) -> str:
+    """For :mod:`kernels.ptx_on_cpu`."""
+    return compile_class(EmulatedGemm(config), ARCH)[2]

@@ -12,7 +12,7 @@ from unittest import mock
 
 import cutlass
 import torch
-from cutlass import Float32, Float64, Int32, Uint32, cute
+from cutlass import Float32, Float64, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import from_dlpack
 from torch import Tensor
 
@@ -96,7 +96,8 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 
 
 @cute.jit
-def _table(ends: cute.Tensor, table: cute.Tensor, num_experts: Int32, height: cutlass.Constexpr):
+def _table(address: Int64, table: cute.Tensor, num_experts: Int32, height: cutlass.Constexpr):
+    ends = schedule.ends_at(address, num_experts)
     tiles = Int32(0)
     scales = Int32(0)
     for lane in cutlass.range(schedule.LANES):
@@ -116,7 +117,7 @@ def _located(table: cute.Tensor, out: cute.Tensor, column_tiles: Int32, total: I
 def table_of(ends: Tensor, height: int) -> Tensor:
     """int32 ``[MAX_EXPERTS + 1, 3]``: starts, row tiles and scale tiles before each expert."""
     table = torch.full((3, MAX_EXPERTS + 1), -1, dtype=torch.int32).t()
-    _table(from_dlpack(ends), from_dlpack(table), len(ends), height)
+    _table(ends.data_ptr(), from_dlpack(table), len(ends), height)
     return table
 
 

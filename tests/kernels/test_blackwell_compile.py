@@ -9,21 +9,19 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import product
-from tempfile import TemporaryDirectory
 
 import pytest
 
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
-from cutlass import cute
-
 from dsv4.backends.blackwell import kernels
 from dsv4.cli._shapes import SHAPES
 from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
 from dsv4.kernels.blackwell.config import ARCHS, SHARED_BYTES, SUBTILE, THREADS, BlackwellConfig, deepest
-from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_kernel, sample_arguments
+from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_class, compile_kernel
+from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
 from kernels.cubin import MachineCode, counts, read
 
 FLAGS = ("gated", "interleaved", "requantize", "wide_out", "row_scale", "weighted", "scattered", "limited")
@@ -53,7 +51,7 @@ def needed() -> list[BlackwellConfig]:
 ALL = list(dict.fromkeys([*tiles(), *needed(), deepest(128, 64, 256, gated=True, interleaved=True)]))
 ALWAYS = [
     (deepest(128, 64, 64), "sm_100a"),
-    (deepest(128, 192, 128, wide_out=True, scattered=True), "sm_100f"),
+    (deepest(128, 192, 64, wide_out=True, scattered=True), "sm_100f"),
     (deepest(128, 256, 256, gated=True, requantize=True, row_scale=True, limited=True), "sm_100a"),
     (deepest(256, 256, 256, gated=True, row_scale=True, weighted=True, limited=True), "sm_100f"),
     (deepest(256, 128, 256), "sm_103a"),
@@ -86,11 +84,9 @@ def machine_code(config: BlackwellConfig, arch: str) -> MachineCode:
 
 @cache
 def ptx(config: BlackwellConfig, arch: str) -> str:
-    with TemporaryDirectory() as folder:
-        options = f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
-        compiled = cute.compile(GroupedGemm(config), *sample_arguments(config), options=options)
-        assert compiled.artifacts.CUBIN.startswith(b"\x7fELF")
-        return str(compiled.artifacts.PTX)
+    cubin, _, text = compile_class(GroupedGemm(config), arch)
+    assert cubin.startswith(b"\x7fELF")
+    return text
 
 
 @DISASSEMBLED
@@ -129,6 +125,15 @@ def test_stores_are_whole_sectors(config: BlackwellConfig, arch: str) -> None:
 
 
 @DISASSEMBLED
+def test_loads_of_numbers(config: BlackwellConfig, arch: str) -> None:
+    """A lane of the schedule reads the ends of its 16 experts and the one before them, an epilogue thread a tile's
+    global scales and what its flags ask for of its row."""
+    loads = [i for i in machine_code(config, arch).instructions if i.kind == "LDG"]
+    of_rows = config.row_scale + (config.weighted or config.scattered) + config.weighted + config.requantize
+    assert len(loads) == MAX_EXPERTS // 32 + 1 + 3 + of_rows
+
+
+@DISASSEMBLED
 def test_a_program_has_a_multiprocessor_to_itself(config: BlackwellConfig, arch: str) -> None:
     """Threads, registers, shared memory; nothing in local memory. 512 columns of tensor memory allow one program."""
     code = machine_code(config, arch)
@@ -162,6 +167,20 @@ def test_ptx_is_made_of_the_instructions_meant(config: BlackwellConfig, arch: st
     assert len(re.findall(r"cp\.async\.bulk\.tensor\S*cta_group::2", text)) == (4 if config.m == 256 else 0)
     assert len(re.findall(rf"tcgen05\.commit\.{group}\S*multicast", text)) == (2 if config.m == 256 else 0)
     assert ".local" not in text
+
+
+@CONFIGS
+def test_coordinates_are_in_the_order_of_the_tensor_maps(config: BlackwellConfig, arch: str) -> None:
+    """CuTe orders a box's coordinates by its own rule, the launch describes tensors by ``b_scale_order``: codes have
+    bytes, rows, expert; scales a place within the tile, the tile along K (the same register for A and B), that of rows,
+    expert."""
+    found = re.findall(r"cp\.async\.bulk\.tensor\.\S+ \[[^\]{]*\], \[%\w+, \{([^}]*)\}", ptx(config, arch))
+    a, b, a_scales, b_scales = (each.split(", ") for each in found)
+    b_scales = [b_scales[config.b_scale_order.index(i)] for i in range(4)]
+    assert a[0] == b[0]
+    assert a_scales[1] == b_scales[1]
+    assert b[2] == b_scales[3]
+    assert len({a[1], b[1], b[2], a[0], a_scales[1], a_scales[2], b_scales[2]}) == 7
 
 
 @pytest.mark.parametrize(

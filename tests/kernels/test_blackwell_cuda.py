@@ -1,6 +1,7 @@
 """The Blackwell kernel and backend on a GPU without its tensor cores: everything but those, against plain torch.
 
-See :mod:`kernels.blackwell_emulation`. What is emulated stays unproven: docs/blackwell.md has the list.
+See :mod:`kernels.blackwell_emulation`; ``test_blackwell_on_cpu.py`` runs the same without a GPU. What is emulated stays
+unproven: docs/blackwell.md has the list.
 """
 
 from __future__ import annotations
@@ -201,6 +202,6 @@ def test_the_layer_matches_the_oracle(mode, place, monkeypatch):
     x, w, ids = inputs(200, 256, 2, 8, seed=3)
     ids[ids == 3] = 5
     ids[1::7, 0] = -1
-    target = (EmulatedBackend.name, torch.device("cuda", torch.cuda.current_device()))
+    target = (EmulatedBackend.name, torch.empty(0, device=CUDA).device)
     weights = random_weights(8, 256, 128, seed=1, split_gate_up=True)
     compare(target, weights, MODES[mode] | {"swiglu_limit": 2.0, "route_weight": place}, (x, w, ids))

@@ -141,6 +141,17 @@ def test_arguments(m):
     assert made.stream == 0x5EED
 
 
+def test_coordinates_of_two_tiles_of_scales():
+    """One step of K, two tiles of rows: CuTe has the coordinate along K behind that along rows."""
+    o, driver = replace(operands(), gs_b=torch.zeros(E)), Driver()
+    with installed(driver):
+        grouped_gemm(deepest(128, 192, 64), o, aligned(ROWS, N, dtype=torch.bfloat16), multiprocessors=2)
+    row = 512 * SCALE_COLUMNS // 4
+    assert driver.maps[3] == Map(
+        1, o.scale_b.data_ptr(), [256, 2, SCALE_COLUMNS // 4, E], [row, 512, o.mat_b.stride(0)], [256, 2, 1, 1], 0, 0
+    )
+
+
 def test_requantized_arguments():
     """Codes, scales and the scale that they are quantized under."""
     o, driver = operands(), Driver()

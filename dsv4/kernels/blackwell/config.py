@@ -72,6 +72,14 @@ class BlackwellConfig:
         return ceil_div(self.n, ROW_TILE)
 
     @property
+    def b_scale_order(self) -> tuple[int, ...]:
+        """Dimensions of B's scales (within a tile, along K, along rows, experts) in the order of TMA's coordinates.
+
+        CuTe puts behind the others those of which a box has one.
+        """
+        return (0, 2, 1, 3) if self.steps == 1 < self.b_scale_tiles else (0, 1, 2, 3)
+
+    @property
     def steps(self) -> int:
         """Tensor-core instructions for one stage."""
         return self.k // MMA_K

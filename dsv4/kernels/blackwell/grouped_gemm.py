@@ -160,8 +160,7 @@ class GroupedGemm(Loads, Results):
     def fill_table(self, table, ends, num_experts):
         """The first warp: every lane sums its own experts, then those before them."""
         lane = cute.arch.lane_idx()
-        pointer = cute.make_ptr(Int32, ends, cute.AddressSpace.gmem, assumed_align=4)
-        chunk = schedule.chunk_ends(cute.make_tensor(pointer, cute.make_layout(1)), num_experts, lane)
+        chunk = schedule.chunk_ends(schedule.ends_at(ends, num_experts), num_experts, lane)
         own_tiles = schedule.chunk_tiles(chunk, self.config.m)
         own_scales = schedule.chunk_tiles(chunk, 128)
         tiles, scales = own_tiles, own_scales
@@ -301,14 +300,15 @@ def sample_arguments(config: BlackwellConfig) -> tuple:
 
 def compile_kernel(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
-    return compile_class(GroupedGemm(config), arch)
+    return compile_class(GroupedGemm(config), arch)[:2]
 
 
-def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str]:
-    """The same of an instance."""
+def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str, str]:
+    """Cubin, entry name and PTX of an instance."""
     with TemporaryDirectory() as folder:
         options = f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
         compiled = cute.compile(kernel, *sample_arguments(kernel.config), options=options)
-        entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))
+        text = str(compiled.artifacts.PTX)
+        entry = re.search(r"\.entry (\w+)\(", text)
         assert entry is not None
-        return compiled.artifacts.CUBIN, entry[1]
+        return compiled.artifacts.CUBIN, entry[1], text

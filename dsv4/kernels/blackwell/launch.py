@@ -128,6 +128,13 @@ def grouped_gemm(
     k_tiles = scale_columns // 4
     line, steps = config.k // 2, config.steps
     a_tiles, b_tiles = operands.scale_a.numel() // (ROW_TILE * scale_columns), round_up(columns, ROW_TILE) // ROW_TILE
+    order = config.b_scale_order
+    b_scales = (
+        (_SCALE_TILE // 2, 2, _SCALE_TILE // 2),
+        (k_tiles, _SCALE_TILE, steps),
+        (b_tiles, k_tiles * _SCALE_TILE, config.b_scale_tiles),
+        (experts, operands.scale_b.stride(0), 1),
+    )  # size, stride, size of a box
     maps = (
         tensor_map(
             a.data_ptr(), (k // 2, rows, 1), (a.stride(0), rows * a.stride(0)), (line, ROW_TILE, 1), swizzle=line
@@ -144,9 +151,9 @@ def grouped_gemm(
         ),
         tensor_map(
             operands.scale_b.data_ptr(),
-            (_SCALE_TILE // 2, k_tiles, b_tiles, experts),
-            (_SCALE_TILE, k_tiles * _SCALE_TILE, operands.scale_b.stride(0)),
-            (_SCALE_TILE // 2, steps, config.b_scale_tiles, 1),
+            [b_scales[i][0] for i in order],
+            [b_scales[i][1] for i in order[1:]],
+            [b_scales[i][2] for i in order],
             element_bytes=2,
         ),
     )

@@ -26,6 +26,15 @@ def table_layout():
     return cute.make_layout((MAX_EXPERTS + 1, 3))
 
 
+def ends_at(address, num_experts):
+    """The cumulative row ends at an address.
+
+    As many as there are: in a tensor of a constant size 1 every index is element 0.
+    """
+    pointer = cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=4)
+    return cute.make_tensor(pointer, cute.make_layout(num_experts))
+
+
 def chunk_ends(ends, num_experts, lane):
     """The ends of a lane's experts, and that of the expert before them: those behind the last have no rows."""
     last = num_experts - 1
