@@ -142,6 +142,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": batches},
     )
     loading = time.monotonic() - started
+    weights = sum(llm.apply_model(_weight_bytes))
     results, first = [], []
     for batch in batches:
         draw = torch.Generator().manual_seed(batch)
@@ -172,6 +173,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "experts": sorted(set(llm.apply_model(_experts)[0])),
         "loading_s": round(loading, 1),
+        "parameters_gib": round(weights / 2**30, 2),
         "results": results,
         "tokens": first,
     }
@@ -188,6 +190,12 @@ def _experts(model: torch.nn.Module) -> list[str]:
     return found
 
 
+def _weight_bytes(model: torch.nn.Module) -> int:
+    """What the loaded parameters take, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
+
+
 def agreement(one: list[list[list[int]]], other: list[list[list[int]]]) -> float:
     """The share of generated tokens before the first that differs, over all prompts."""
     pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b, strict=True)]
@@ -198,6 +206,7 @@ def agreement(one: list[list[list[int]]], other: list[list[list[int]]]) -> float
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every setting, one process after the other."""
     runs: dict[str, Any] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "model"
         if args.model is None:
@@ -208,9 +217,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for option in ("prompt", "tokens", "batches", "repeats", "attention", "boot"):
                 if getattr(args, option) is not None:
                     command += [f"--{option}", str(getattr(args, option))]
-            subprocess.run(command, env={**os.environ, **SETTINGS[name].environment}, check=True)
+            done = subprocess.run(command, env={**os.environ, **SETTINGS[name].environment}, check=False)
+            if done.returncode:  # said above, by the process itself; the others are measured all the same
+                failed.append(name)
+                continue
             runs[name] = json.loads(result.read_text(encoding="utf-8"))
             print(name, json.dumps({k: v for k, v in runs[name].items() if k != "tokens"}), flush=True)
+    if not runs:
+        raise SystemExit("no setting ran")
     tokens = {name: run.pop("tokens") for name, run in runs.items()}
     base = next(iter(tokens.values()))
     return {
@@ -222,6 +236,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "attention": args.attention,
         "same_tokens_as_first_setting": {name: round(agreement(base, t), 4) for name, t in tokens.items()},
         "runs": runs,
+        "failed": failed,
     }
 
 

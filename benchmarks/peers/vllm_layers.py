@@ -59,7 +59,7 @@ class _VllmLayer:
                 getattr(layer, name).data.copy_(value)
             layer.w13_input_scale.data.fill_(L1_SCALE)
             layer.w2_input_scale.data.fill_(L2_SCALE)
-            layer.quant_method.process_weights_after_loading(layer)
+            memory = _prepared(layer, setup.device)
         torch.cuda.empty_cache()
         self._activations = BF16
         if self.quantizes:
@@ -69,6 +69,7 @@ class _VllmLayer:
         self.facts: dict[str, Any] = {
             "version": versions()["vllm"],
             "kernel": layer.quant_method.experts_cls.__name__,
+            **memory,
         }
 
     def contenders(self, calls: Sequence[Call]) -> list[Contender]:
@@ -142,6 +143,26 @@ class PluginW4A4(_ThroughPlugin):
 
     name = "vllm-dsv4-w4a4"
     quantizes = True
+
+
+def _prepared(layer: Any, device: torch.device) -> dict[str, float]:
+    """vLLM's step after loading, and the memory that it took: loaded, kept, and at its peak above what was loaded."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    loaded = _storage_bytes(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    kept = loaded + torch.cuda.memory_allocated(device) - before
+    figures = {"loaded": loaded, "kept": kept, "peak_above_loaded": peak - before}
+    return {f"{name}_gib": round(count / 2**30, 3) for name, count in figures.items()}
+
+
+def _storage_bytes(layer: torch.nn.Module) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layer.parameters()}
+    return sum(storages.values())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from layer_cases import BAR, inputs
 from oracle import OracleWeights, moe_layer, nearest_reference, random_weights, relative_l2
 
+from dsv4.backends import explain_all
 from dsv4.integrations.vllm import moe_layers
 from vllm_plugin import layers
 from vllm_plugin.layers import Ranks
@@ -41,11 +42,11 @@ class Case:
         return layers.shard(layers.local(self.weights, ids), ranks.tp), ids
 
 
-def case(seed: int = 3) -> Case:
+def case(seed: int = 3, hidden: int = H, inter: int = INTER) -> Case:
     """Gate and up with scales of their own, and input scales that differ by expert."""
     rng = np.random.default_rng(seed)
     return Case(
-        random_weights(E, H, INTER, seed=seed, split_gate_up=True),
+        random_weights(E, hidden, inter, seed=seed, split_gate_up=True),
         layers.amax_scales(rng.uniform(6, 30, E)),
         layers.amax_scales(rng.uniform(0.5, 2, E)),
     )
@@ -67,7 +68,11 @@ def expected(got: torch.Tensor, batch: tuple[torch.Tensor, ...], case: Case, ran
 
 
 def loaded(path: Path, layout: str, case: Case, device: torch.device, ranks: Ranks = layers.ALONE) -> Any:
-    layer = layers.build(layers.quantization(layout), **SHAPE, device=device, ranks=ranks, limit=LIMIT)
+    hidden, inter = case.weights.l2_fp4.shape[1], case.weights.l1_fp4.shape[1] // 2
+    layer = layers.build(
+        layers.quantization(layout), experts=E, hidden=hidden, inter=inter, top_k=K, device=device, ranks=ranks,
+        limit=LIMIT,
+    )  # fmt: skip
     file = path / "w.safetensors"
     layers.load(layer, layers.write_checkpoint(file, layout, case.weights, case.l1_input, case.l2_input))
     return layer
@@ -89,6 +94,34 @@ def test_the_oracles_numbers(layout, ranks, device, tmp_path):
         # A rank's intermediate is quantized by block, as the whole one is; only bf16 sums of two ranks are added.
         2 * BAR
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("activations", ["static", "bf16"])
+def test_cuda_graphs_at_sizes_of_the_fastest_backend(layout, ranks, activations, tmp_path, monkeypatch):
+    """Multiples of 128 on each rank, which a GPU's own kernels want: they are what runs, and graphs captured straight
+    after loading give the oracle's numbers for inputs that came later."""
+    monkeypatch.setenv("DSV4_VLLM_ACTIVATIONS", activations)
+    device, whole = torch.device("cuda"), case(6, 256, 512)
+    settings = {} if activations == "static" else {"activation_format": "bf16", "activation_scale": "token"}
+    for rank in RANKS[ranks]:
+        layer = loaded(tmp_path, layout, whole, device, rank)
+        moe = moe_layers(layer)[""]
+        usable = [name for name, verdict in explain_all(moe.config, moe.device).items() if verdict.usable]
+        assert moe.backend_name == usable[0]
+        for tokens in (64, 17, 1):
+            buffers = [t.to(device) for t in inputs(tokens, 256, K, E, seed=1)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = layers.run(layer, *buffers)
+            batch = inputs(tokens, 256, K, E, seed=2)
+            for buffer, later in zip(buffers, batch, strict=True):
+                buffer.copy_(later)
+            graph.replay()
+            got = out.float().cpu()
+            assert relative_l2(got, expected(got, batch, whole, rank, **settings)) <= BAR
 
 
 @pytest.mark.parametrize("activations", ["token", "bf16"])
