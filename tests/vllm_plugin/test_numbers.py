@@ -12,7 +12,8 @@ import torch
 from layer_cases import BAR, inputs
 from oracle import OracleWeights, moe_layer, nearest_reference, random_weights, relative_l2
 
-from dsv4.backends import explain_all
+from dsv4.backends import BACKENDS, ReferenceBackend, explain_all
+from dsv4.config import MoEConfig
 from dsv4.integrations.vllm import moe_layers
 from vllm_plugin import layers
 from vllm_plugin.layers import Ranks
@@ -98,19 +99,22 @@ def test_the_oracles_numbers(layout, ranks, device, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", [b.name for b in BACKENDS if b is not ReferenceBackend])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("activations", ["static", "bf16"])
-def test_cuda_graphs_at_sizes_of_the_fastest_backend(layout, ranks, activations, tmp_path, monkeypatch):
-    """Multiples of 128 on each rank, which a GPU's own kernels want: they are what runs, and graphs captured straight
-    after loading give the oracle's numbers for inputs that came later."""
+def test_cuda_graphs_of_each_backend(layout, ranks, activations, backend, tmp_path, monkeypatch):
+    """At sizes that every backend takes, on each rank: graphs captured straight after loading give the oracle's numbers
+    for inputs that came later."""
     monkeypatch.setenv("DSV4_VLLM_ACTIVATIONS", activations)
+    monkeypatch.setenv("DSV4_BACKEND", backend)
     device, whole = torch.device("cuda"), case(6, 256, 512)
+    verdict = explain_all(MoEConfig(E, 256, 256, 64, K), device)[backend]
+    if not verdict.usable:
+        pytest.skip(verdict.reason)
     settings = {} if activations == "static" else {"activation_format": "bf16", "activation_scale": "token"}
     for rank in RANKS[ranks]:
         layer = loaded(tmp_path, layout, whole, device, rank)
-        moe = moe_layers(layer)[""]
-        usable = [name for name, verdict in explain_all(moe.config, moe.device).items() if verdict.usable]
-        assert moe.backend_name == usable[0]
+        assert moe_layers(layer)[""].backend_name == backend
         for tokens in (64, 17, 1):
             buffers = [t.to(device) for t in inputs(tokens, 256, K, E, seed=1)]
             graph = torch.cuda.CUDAGraph()
