@@ -149,10 +149,9 @@ def quantized_pair(word, terms):
     codes = []
     for bits in (pair << 16, pair & Uint32(0xFFFF0000)):
         quotient = divided(bits.bitcast(Float32), divisor, reciprocal)
-        # As in round_e2m1, but the number that aligns keeps what mantissa the quotient has, except for its last bit,
-        # which decides what is even: no sum reaches the next power of two.
-        aligned = cutlass.max(quotient.bitcast(Int32) + Int32(22 << 23), Int32((127 + 22) << 23)) & Int32(-2)
-        aligned = aligned.bitcast(Float32)
+        # As in round_e2m1, but the number that aligns keeps the quotient's mantissa, with which no sum reaches the next
+        # power of two. Where there is a tie, the quotient has three bits at most, and so that number is even.
+        aligned = cutlass.max(quotient.bitcast(Int32) + Int32(22 << 23), Int32((127 + 22) << 23)).bitcast(Float32)
         codes.append(((quotient + aligned) - aligned).bitcast(Uint32))
     decoded = ptx.multiply_bf16x2(ptx.permute_two(codes[0], codes[1], 0x7632), scale)
     return decoded | (word & Uint32(0x80008000))
