@@ -76,6 +76,9 @@ TILINGS = (
     Tiling(float("inf"), 8, (96, 184, 208, 240), (2, 1, 3, 1), (2, 1, 3, 1)),
 )
 
+_TWO_WARPGROUPS = (2, 2, 3, 3)
+"""GEMM 1 of the lines that have one warpgroup, where it quantizes its result: a scale group lies in two."""
+
 
 class HopperBackend(PortableBackend):
     """See the module docstring; the interface is :class:`dsv4.backends.base.Backend`."""
@@ -163,17 +166,19 @@ class HopperBackend(PortableBackend):
         tables, groups = self._schedule(call, views, tiling)
         self._activate(packed, call, views, tables, groups, tiling, quantize=cfg.quantizes_activations)
         activated, i, unit = views["act"], cfg.intermediate_size, tiling.unit
-        row_scale = None
-        if cfg.quantizes_activations:
-            source, scale = self._scale_source(call, call.input_scales.l2 if call.input_scales else None, tables, 1)
-            row_scale = views["row_scale"]
+        act_scale = None
+        if _requantizes(cfg):
+            act_scale = call.input_scales.l2 if call.input_scales else None
+        elif cfg.quantizes_activations:
+            source, scale = self._scale_source(call, None, tables, 1)
+            act_scale = views["row_scale"]
             if source is ScaleSource.BATCH:
                 image_amax(activated, tables.tiles, groups, unit, i, tables.amax[1:], of_batch=True)
-            quantize_image(activated, row_scale, tables.tiles, groups, unit, i, source, scale)
+            quantize_image(activated, act_scale, tables.tiles, groups, unit, i, source, scale, dependent=True)
         slot_rows = self._slot_rows(views, slots)
         gemm2 = replace(_gemm2_config(cfg, tiling), wide_out=slot_rows.dtype == torch.float32)
         grouped_gemm(
-            gemm2, activated, row_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, groups, slot_rows,
+            gemm2, activated, act_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, groups, slot_rows,
             rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors, dependent=True,
         )  # fmt: skip
         combine(
@@ -227,7 +232,7 @@ class HopperBackend(PortableBackend):
         tiling: Tiling,
         quantize: bool,
     ) -> None:
-        """Routing, tokens to their rows, GEMM 1, SwiGLU: the image ``act``."""
+        """Routing, tokens to their rows, GEMM 1, SwiGLU: the image ``act``, quantized if its scales are known ahead."""
         from dsv4.kernels.hopper.launch import grouped_gemm
         from dsv4.kernels.hopper.stages import route_and_scatter
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax
@@ -254,11 +259,12 @@ class HopperBackend(PortableBackend):
             if source is ScaleSource.BATCH:
                 batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
             self._place_tokens(x, views, tables, groups, tiling.unit, source, scale, input_weights)
+        gemm1 = _gemm1_config(cfg, tiling) if quantize else _unquantized_gemm1(cfg, tiling)
         grouped_gemm(
-            replace(_gemm1_config(cfg, tiling), row_scale=quantize, follows_routing=together), image,
-            row_scale if quantize else None, packed.experts, 0, packed.l1_gs, tables.tiles, groups, views["act"],
-            rows=2 * cfg.intermediate_size, k=cfg.hidden_size, multiprocessors=self._multiprocessors,
-            limit=cfg.swiglu_limit, topk_weights=call.topk_weights, dependent=True,
+            replace(gemm1, follows_routing=together), image, row_scale if quantize else None, packed.experts, 0,
+            packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size, k=cfg.hidden_size,
+            multiprocessors=self._multiprocessors, limit=cfg.swiglu_limit, topk_weights=call.topk_weights,
+            result_gs=call.input_scales.l2 if call.input_scales else None, dependent=True,
         )  # fmt: skip
 
     def _place_tokens(
@@ -294,20 +300,39 @@ class HopperBackend(PortableBackend):
             quantize_image(image, row_scale, tables.tiles, groups, unit, cfg.hidden_size, source, scale)
 
 
+def _requantizes(config: MoEConfig) -> bool:
+    """Whether GEMM 1 quantizes its result: all scales of GEMM 2's operand are known before."""
+    return config.quantizes_activations and config.activation_scale in ("static", "calibrated")
+
+
 def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
+    requantized = _requantizes(config)
     return HopperConfig(
         tiling.unit,
         tiling.widths,
-        *tiling.gemm1,
+        *(_TWO_WARPGROUPS if requantized and tiling.gemm1[0] == 1 else tiling.gemm1),
         gated=True,
         row_scale=config.quantizes_activations,
+        requantized=requantized,
         weighted=config.route_weight == "before_down",
         limited=config.swiglu_limit is not None,
     ).fitted(2 * config.intermediate_size, config.hidden_size)
 
 
+def _unquantized_gemm1(config: MoEConfig, tiling: Tiling) -> HopperConfig:
+    """GEMM 1 of tokens as they are: W4A16's, and what calibration looks at."""
+    return replace(_gemm1_config(config, tiling), row_scale=False, requantized=False)
+
+
 def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
-    fitting = HopperConfig(tiling.unit, tiling.widths, *tiling.gemm2, row_scale=config.quantizes_activations)
+    by_expert = _requantizes(config)
+    fitting = HopperConfig(
+        tiling.unit,
+        tiling.widths,
+        *tiling.gemm2,
+        row_scale=config.quantizes_activations and not by_expert,
+        expert_scale=by_expert,
+    )
     return fitting.fitted(config.hidden_size, config.intermediate_size)
 
 
@@ -319,7 +344,7 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
         gemm2 = _gemm2_config(config, tiling)
         firsts = [gemm1]
         if config.activation_scale == "calibrated" and config.quantizes_activations:
-            firsts.append(replace(gemm1, row_scale=False))  # calibration multiplies what is not quantized
+            firsts.append(_unquantized_gemm1(config, tiling))
         if fewest < FEW_SLOTS:
             firsts += [replace(first, follows_routing=True) for first in firsts]
         needed += [*firsts, gemm2, replace(gemm2, wide_out=True)]

@@ -47,6 +47,38 @@ def _e4m3_value(byte):
     return Float32(cutlass.select_(Uint32(byte) == Uint32(0x7F), Float32(float("nan")), value))
 
 
+def _permuted(low, high, selector):
+    """PRMT: bytes 0 to 3 are the first word's."""
+    result = Uint32(0)
+    for place in range(4):
+        byte = selector >> (4 * place) & 7
+        word = Uint32(low) if byte < 4 else Uint32(high)
+        result = result | (((word >> (8 * (byte % 4))) & Uint32(0xFF)) << (8 * place))
+    return result
+
+
+def _halves(word):
+    return Uint32(word) & Uint32(0xFFFF), Uint32(word) >> 16
+
+
+def _by_halves(function):
+    def both(a, b):
+        low, high = (function(x, y) for x, y in zip(_halves(a), _halves(b), strict=True))
+        return Uint32(low) | (Uint32(high) << 16)
+
+    return both
+
+
+def _bf16_bits(value):
+    """Rounded, ties to even; not of a NaN."""
+    bits = Float32(value).bitcast(Uint32)
+    return (bits + Uint32(0x7FFF) + ((bits >> 16) & Uint32(1))) >> 16
+
+
+def _exact_product(a, b):
+    return ((a << 16).bitcast(Float32) * (b << 16).bitcast(Float32)).bitcast(Uint32) >> 16
+
+
 @contextmanager
 def host_arithmetic() -> Iterator[None]:
     """PTX's instructions by the host's."""
@@ -60,6 +92,13 @@ def host_arithmetic() -> Iterator[None]:
         mock.patch.object(ptx, "exponential2", lambda a: cute.math.exp2(Float32(a))),
         mock.patch.object(ptx, "e4m3_byte", _e4m3_byte),
         mock.patch.object(ptx, "e4m3_value", _e4m3_value),
+        mock.patch.object(ptx, "permute", lambda a, selector: _permuted(a, 0, selector)),
+        mock.patch.object(ptx, "permute_two", _permuted),
+        mock.patch.object(ptx, "larger_u16x2", _by_halves(lambda a, b: cutlass.max(a, b))),
+        # Of magnitudes, whose bits order as they do: a NaN's are above those of all numbers.
+        mock.patch.object(ptx, "lesser_bf16x2", _by_halves(lambda a, b: cutlass.min(a, b))),
+        mock.patch.object(ptx, "multiply_bf16x2", _by_halves(_exact_product)),
+        mock.patch.object(ptx, "pack_bf16x2", lambda a, b: _bf16_bits(a) | (_bf16_bits(b) << 16)),
     ):
         yield
 
@@ -77,6 +116,30 @@ def requantize(x: Tensor, gs: Tensor) -> tuple[Tensor, Tensor]:
     with host_arithmetic():
         _requantize(from_dlpack(x), from_dlpack(gs), from_dlpack(words), from_dlpack(scales), len(x))
     return words.view(torch.uint8), scales.to(torch.uint8)
+
+
+@cute.jit
+def _quantized_pairs(x: cute.Tensor, gs: cute.Tensor, out: cute.Tensor, count: Int32):
+    for i in cutlass.range(count):
+        largest = Uint32(0)
+        words = [[x[2 * i + half, c].bitcast(Uint32) for c in range(8)] for half in range(2)]
+        for c in cutlass.range_constexpr(8):
+            largest = ptx.larger_u16x2(largest, epilogue.pair_maxima(words[0][c], words[1][c]))
+        for half in cutlass.range_constexpr(2):
+            amax = largest << 16 if cutlass.const_expr(half == 0) else largest & Uint32(0xFFFF0000)
+            scale = gs[2 * i + half]
+            terms = epilogue.block_terms(amax.bitcast(Float32), scale, ptx.divide(1.0, scale))
+            for c in cutlass.range_constexpr(8):
+                out[2 * i + half, c] = epilogue.quantized_pair(words[half][c], terms).bitcast(Int32)
+
+
+def quantized_pairs(x: Tensor, gs: Tensor) -> Tensor:
+    """bf16 ``[B, 16]`` under fp32 ``[B]`` -> ``e2m1 * sf``, bf16 ``[B, 16]``; B is even: blocks meet by twos."""
+    words = x.view(torch.int32).contiguous()
+    out = torch.zeros_like(words)
+    with host_arithmetic():
+        _quantized_pairs(from_dlpack(words), from_dlpack(gs), from_dlpack(out), len(x) // 2)
+    return out.view(torch.bfloat16)
 
 
 @cute.jit

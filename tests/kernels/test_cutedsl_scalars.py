@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("cutlass")
 
 from dsv4.kernels.cutedsl.sizes import MAX_EXPERTS
-from dsv4.nvfp4 import quantize_blocks
+from dsv4.nvfp4 import block_codes, decode_e2m1, quantize_blocks
 from dsv4.ops.layouts import Swizzle32x4x4
 from kernels import cute_scalars
 
@@ -77,6 +77,39 @@ def test_requantization_gives_the_twin_s_bytes():
     assert torch.equal(scales, want_scales)
     assert torch.equal(codes, want_codes)
     assert {0, 0x7E, 0x7F} < set(want_scales.tolist())
+
+
+def ties() -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 blocks of values that lie on the midpoints between codes, or one bf16 beside, under steps of few bits: what
+    an inexact division decides wrongly. And some that saturate, by scales that round down or end at 448."""
+    generator = torch.Generator().manual_seed(2)
+    count = 4096
+    scale = torch.randint(1, 0x7F, (count,), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    gs = torch.randint(1, 16, (count,), generator=generator) * 2.0 ** torch.randint(
+        -90, 60, (count,), generator=generator
+    )
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    x = midpoints[torch.randint(0, 7, (count, 16), generator=generator)] * (scale * gs)[:, None]
+    x[:, 0] = 6 * scale * gs
+    x[::7, 3] = 9 * (scale * gs)[::7]
+    bits = x.bfloat16().view(torch.int16)
+    bits += torch.randint(-1, 2, bits.shape, generator=generator, dtype=torch.int16) * (torch.arange(16) % 3 == 2)
+    x = bits.view(torch.bfloat16).float() * (1 - 2 * torch.randint(0, 2, x.shape, generator=generator))
+    return x, gs.float()
+
+
+@pytest.mark.parametrize("data", [blocks, ties])
+def test_quantizing_in_pairs_gives_the_twin_s_values(data):
+    """``e2m1 * sf`` of values whose block's maximum is put together from pairs equals :func:`block_codes`' decoded:
+    blocks that saturate, vanish, lie on ties; NaN where one holds a NaN or Inf; zeros keep their signs."""
+    x, gs = data()
+    x = x.bfloat16()
+    codes, sf = block_codes(x, gs.unsqueeze(1))
+    want = (decode_e2m1(codes) * sf.float().unsqueeze(-1)).flatten(1)
+    got = cute_scalars.quantized_pairs(x, gs).float()
+    same = (got == want) | (got.isnan() & want.isnan())
+    assert bool(same.all()), (same.logical_not().nonzero(), x[~same], got[~same], want[~same])
+    assert torch.equal(torch.signbit(got)[~got.isnan()], torch.signbit(x)[~got.isnan()])
 
 
 @pytest.mark.parametrize("limit", [None, 0.5, 7.0])

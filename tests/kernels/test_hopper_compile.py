@@ -31,7 +31,7 @@ REGISTERS_OF_SM = 64 * 1024
 def needed() -> list[HopperConfig]:
     """What the two models may launch, in every mode and with every option."""
     found: dict[HopperConfig, None] = {}
-    options = product(("bf16", "nvfp4"), ("static", "calibrated"), ("output", "before_down"), (None, 10.0))
+    options = product(("bf16", "nvfp4"), ("static", "token", "calibrated"), ("output", "before_down"), (None, 10.0))
     for (form, scale, weight, limit), name in product(list(options), ("v4-flash", "v4-pro")):
         shape = SHAPES[name]
         config = MoEConfig(
@@ -43,9 +43,11 @@ def needed() -> list[HopperConfig]:
 
 
 def a_selection() -> list[HopperConfig]:
-    """Eight at most: GEMM 1 of six lines of the table and of the last one, and the last one's GEMM 2."""
-    lines = {(c.widths, c.warpgroups): c for c in NEEDED if c.gated and c.row_scale and c.limited and not c.weighted}
-    gated = list(lines.values())
+    """Eight at most: GEMM 1 of six lines of the table and of the last one, every other one of those and the last
+    quantizing its result, and the last one's GEMM 2."""
+    found = [c for c in NEEDED if c.gated and c.row_scale and c.limited and not c.weighted]
+    plain, requantized = ({(c.widths, c.warpgroups): c for c in found if c.requantized == r} for r in (False, True))
+    gated = [requantized[key] if n % 2 else plain[key] for n, key in enumerate(sorted(requantized.keys() & plain))]
     return [*gated[:-1][:6], gated[-1], next(c for c in NEEDED if c.wide_out and c.widths == gated[-1].widths)]
 
 
@@ -54,7 +56,9 @@ ALWAYS = a_selection()
 
 
 def name(config: HopperConfig) -> str:
-    options = ("gated", "wide_out", "row_scale", "weighted", "limited", "follows_routing")
+    options = (
+        "gated", "wide_out", "row_scale", "expert_scale", "weighted", "limited", "requantized", "follows_routing",
+    )  # fmt: skip
     flags = [f for f in options if getattr(config, f)]
     widths = ".".join(str(w) for w in config.widths)
     return "-".join([f"{widths}x{64 * config.warpgroups}x{128 * config.blocks}", *flags])
@@ -73,7 +77,7 @@ def machine_code(config: HopperConfig) -> MachineCode:
 def test_what_is_always_compiled() -> None:
     """Eight configurations at most, both GEMMs, the widths of the first lines of the table and of the last."""
     assert len(ALWAYS) <= 8
-    assert {c.gated for c in ALWAYS} == {True, False}
+    assert {c.gated for c in ALWAYS} == {c.requantized for c in ALWAYS} == {True, False}
     widths = [line.widths for line in TILINGS]
     assert {*widths[:6], widths[-1]} <= {c.widths for c in ALWAYS}
 
@@ -117,6 +121,26 @@ def test_main_loops_are_made_of_the_instructions_meant(config: HopperConfig) -> 
         assert (counts(loop)["HMMA"], counts(loop)["LDSM"]) == (4 * tiles, 2 * tiles)
         assert names_of(loop, "HMMA") == ["HMMA.16816.F32.BF16"]
         assert names_of(loop, "LDSM") == ["LDSM.16.M88.4"]
+
+
+@CONFIGS
+def test_results_are_quantized_by_the_instructions_meant(config: HopperConfig) -> None:
+    """For each width, of eight tokens at a time: each warp transposes its pairs once; quantized, it clamps both values
+    in one instruction and rounds each with one addition and maximum of integers. Of 16 tokens each warp stores maxima
+    once, and a warp turns them into terms, two times sixteen bytes, eight warps together. Around that each width has
+    two barriers, beside the one for the rows' slots."""
+    code = machine_code(config).instructions
+    count = counts(code)
+    eights = sum(width // 8 for width in config.widths)
+    rounds = sum(-(-width // 128) for width in config.widths)
+    assert count["MOVM"] == (eights if config.gated else 0 if config.wide_out else 2 * eights)
+    assert count["HMNMX2"] == (eights if config.requantized else 0)
+    least = f"{(127 + 22) << 23:#x}"  # what aligns quotients below 2
+    rounding = [i for i in code if i.kind == "VIADDMNMX" and least in i.operands]
+    assert len(rounding) == (2 * eights if config.requantized else 0)
+    assert count["STS.128"] == (2 * rounds if config.requantized else 0)
+    slots = not config.gated or config.row_scale or config.weighted
+    assert count["BAR"] == 1 + (slots + 2 * config.requantized) * len(config.widths)
 
 
 def waits(instructions: list[Instruction]) -> list[int]:

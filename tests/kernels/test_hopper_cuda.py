@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from oracle import OracleWeights, nearest_reference, random_weights, relative_l2
 
 from dsv4.backends import proof
 from dsv4.backends.base import Verdict
-from dsv4.backends.hopper import TILINGS
+from dsv4.backends.hopper import TILINGS, _gemm1_config, _gemm2_config
+from dsv4.config import MoEConfig
+from dsv4.kernels.hopper.layout import matrix_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,14 +110,14 @@ def no_self_check(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_self_check")
-@pytest.mark.parametrize("mode", ["w4a16", "w4a4-token"])
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-token", "w4a4-static"])
 @LINES
 def test_sanitize(line, mode):
     """One call of every line and format, a small one, writes all of its result: for compute-sanitizer."""
     top_k = 1
     tokens, experts = largest_call(TILINGS, line, top_k)
     weights = random_weights(experts, 256, 128, seed=1)
-    moe = build(target(), weights, top_k=top_k, max_num_tokens=tokens, swiglu_limit=2.0, **MODES[mode])
+    moe = build(target(), weights, top_k=top_k, max_num_tokens=tokens, swiglu_limit=2.0, **SCALES, **MODES[mode])
     out = poisoned(tokens, 256, target()[1])
     moe.run(*on(target()[1], *inputs(tokens, 256, top_k, experts)), out=out)
     assert out.isfinite().all()
@@ -124,7 +127,7 @@ def test_sanitize(line, mode):
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (256, 384), (512, 4096)])
 def test_the_pack_kernel_is_its_twin(n, k, gated):
     """Every byte of two experts stands where the torch twin puts it, and bytes around the matrix are left alone."""
-    from dsv4.kernels.hopper.layout import matrix_bytes, pack_matrix
+    from dsv4.kernels.hopper.layout import pack_matrix
     from dsv4.kernels.hopper.packing import pack
     from dsv4.nvfp4 import unpack_nibbles
 
@@ -223,6 +226,70 @@ def test_quantized_images_are_quantized_rows(line, source):
     of_row = torch.where(tiles.row_slot >= 0, gs[tiles.row_slot.clamp(min=0)], 7.0)
     assert torch.equal(scales, of_row)
     assert torch.equal(in_place, of_row)
+
+
+@pytest.mark.parametrize("weight", ["output", "before_down"])
+@LINES
+def test_results_quantized_on_the_way_are_quantized_results(line, weight):
+    """GEMM 1 that quantizes its result gives, in every row that a slot fills, the bits that GEMM 1 and quantizing its
+    image give, rows with NaN, Inf and zeros among them; and GEMM 2 makes the same of both, its scales by expert or by
+    row."""
+    from dsv4.kernels.hopper.launch import grouped_gemm
+    from dsv4.kernels.hopper.layout import from_image
+    from dsv4.kernels.hopper.stages import quantize_image, scatter_rows
+    from dsv4.kernels.triton.routing import route
+    from dsv4.kernels.triton.stages import ScaleSource
+    from kernels.row_groups import expected, poisoned_buffers
+
+    device = target()[1]
+    tokens, experts = largest_call(TILINGS, line, 1)
+    x, w, ids = (t.to(device) for t in inputs(tokens, H, 1, experts, seed=tokens))
+    ids[ids == 2] = 3
+    ids[::5] = 1
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0)):
+        if row < tokens:
+            x[-1 - row, row] = value
+    x[tokens // 2] = 0
+    settings: dict[str, Any] = {"route_weight": weight, "swiglu_limit": 2.0}
+    config = MoEConfig(experts, H, INTER, top_k=1, **settings)
+    moe = build(target(), random_weights(experts, H, INTER, seed=1), top_k=1, **SCALES, **settings)
+    packed, offset = moe._packed, matrix_bytes(2 * INTER, H)
+    tables = poisoned_buffers(tokens, experts, line.unit, line.widths[-1], "cuda")
+    route(ids, experts, line.unit, tables)
+    tiles, groups, rows = tables.tiles, tables.groups, tables.tiles.row_slot.numel()
+    image, row_scale = torch.zeros(rows * H, dtype=torch.bfloat16, device=device), torch.ones(rows, device=device)
+    scatter_rows(x, image, row_scale, groups, tables.local_ids, line.unit, 1, source=ScaleSource.ROW)
+    scales = torch.linspace(0.03, 0.0005, experts, device=device)
+    shared: dict[str, Any] = {"multiprocessors": 132, "topk_weights": w, "limit": 2.0}
+    found = []
+    for requantized in (True, False):
+        gemm1 = replace(_gemm1_config(config, line), requantized=requantized)
+        gemm2 = replace(_gemm2_config(config, line), expert_scale=requantized, row_scale=not requantized, wide_out=True)
+        act = torch.full((rows * INTER,), 7.0, dtype=torch.bfloat16, device=device)
+        grouped_gemm(
+            gemm1, image, row_scale, packed.experts, 0, packed.l1_gs, tiles, groups, act, rows=2 * INTER, k=H,
+            result_gs=scales, **shared,
+        )  # fmt: skip
+        of_rows = scales
+        if not requantized:
+            of_rows = torch.ones(rows, device=device)
+            quantize_image(act, of_rows, tiles, groups, line.unit, INTER, ScaleSource.EXPERT, scales)
+        out = torch.full((tokens, H), 7.0, device=device)
+        grouped_gemm(
+            gemm2, act, of_rows, packed.experts, offset, packed.l2_gs, tiles, groups, out, rows=H, k=INTER, **shared
+        )
+        found.append((act, out))
+    want = expected(ids.flatten().tolist(), experts, line.unit, line.widths[-1])
+    for group in want.groups():
+        served = torch.tensor(want.row_slot[group.start : group.stop], device=device) >= 0
+        got, unfused = (
+            from_image(act[group.start * INTER : group.stop * INTER].view(1, INTER // 64, len(group), 64))[served]
+            for act, _ in found
+        )
+        torch.testing.assert_close(got, unfused, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0, equal_nan=True)
+    assert found[0][1].isnan().any() or tokens < 4
+    assert found[0][1].isfinite().any()
 
 
 def test_weights_are_those_that_were_packed():

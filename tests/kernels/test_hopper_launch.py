@@ -22,8 +22,9 @@ from kernels.fake_driver import FakeDriver, installed
 
 STREAM = 0x5EED
 E, S, TILES, GROUPS, OFFSET = 3, 40, 7, 5, 4608
-GATED = HopperConfig(8, (8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True)
+GATED = HopperConfig(8, (8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True, requantized=True)
 PLAIN = HopperConfig(16, (16, 32), 1, 2, 3, 1, wide_out=True)
+SCALED = replace(PLAIN, expert_scale=True)
 ROWS, DEPTH, MULTIPROCESSORS = 256, 512, 132
 
 
@@ -60,6 +61,7 @@ def operands(config: HopperConfig) -> dict[str, Any]:
         "multiprocessors": MULTIPROCESSORS,
         "limit": 2.5,
         "topk_weights": torch.zeros(S // 2, 2),
+        "result_gs": torch.zeros(E),
     }
 
 
@@ -88,6 +90,8 @@ def test_every_argument_of_a_launch(driver, config):
     most = config.widths[-1]
     ring = config.stages * (config.blocks * (config.warpgroups * 4608 + most * 256) + 2 * 8)
     tables = 2 * most * 8  # slots and factors of a group's rows, of this one and the next
+    if config.requantized:
+        tables += -(-most // 16) * 16 * 4 * 16  # 16 bytes for each scale group of 64 of the result, by 16 rows
     assert ring + tables <= got.shared <= ring + tables + 1024  # the start is rounded up to 1024
     assert got.attributes == {8: got.shared, 9: 100}  # CUfunction_attribute: the most shared memory, carve-out
     assert got.launch_attributes == []
@@ -103,7 +107,14 @@ def test_every_argument_of_a_launch(driver, config):
         o["topk_weights"].data_ptr(),
         o["out"].data_ptr(),
     ]
-    assert got.arguments == [*pointers, o["experts"].stride(0), DEPTH // 128, tiles_along_n, 2.5]
+    assert got.arguments == [
+        *pointers,
+        o["experts"].stride(0),
+        DEPTH // 128,
+        tiles_along_n,
+        2.5,
+        o["result_gs"].data_ptr(),
+    ]
 
 
 def test_the_grid_is_no_more_than_is_resident(driver):
@@ -114,9 +125,16 @@ def test_the_grid_is_no_more_than_is_resident(driver):
 
 def test_what_is_not_given_is_null(driver):
     """Operands that the configuration does not read may be missing; no limit is zero."""
-    launch.grouped_gemm(PLAIN, **operands(PLAIN) | {"row_scale": None, "topk_weights": None, "limit": None})
+    launch.grouped_gemm(PLAIN, **operands(PLAIN) | dict.fromkeys(("row_scale", "topk_weights", "limit", "result_gs")))
     arguments = driver.launches[0].arguments
-    assert (arguments[7], arguments[8], arguments[13]) == (0, 0, 0.0)
+    assert (arguments[7], arguments[8], arguments[13], arguments[14]) == (0, 0, 0.0, 0)
+
+
+def test_scales_of_experts_are_as_many_as_experts(driver):
+    """A product whose operand was quantized under scales of experts takes those, one for each."""
+    scales = torch.zeros(E)
+    launch.grouped_gemm(SCALED, **operands(SCALED) | {"row_scale": scales})
+    assert driver.launches[0].arguments[7] == scales.data_ptr()
 
 
 def test_programmatic_dependent_launch(driver):
@@ -172,6 +190,12 @@ def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, An
         (PLAIN, "num_groups", tables("groups", num_groups=lambda t: t[:0])),
         (GATED, "row_scale", lambda o: o.update(row_scale=None)),
         (GATED, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
+        (SCALED, "row_scale", lambda o: o.update(row_scale=None)),
+        (SCALED, "row_scale", lambda o: o.update(row_scale=torch.zeros(E - 1))),
+        (GATED, "result_gs", lambda o: o.update(result_gs=None)),
+        (GATED, "result_gs", lambda o: o.update(result_gs=shorter(o["result_gs"]))),
+        (replace(GATED, warpgroups=1), "warpgroups", lambda o: None),
+        (replace(PLAIN, warpgroups=2, requantized=True), "gated", lambda o: None),
         (GATED, "topk_weights", lambda o: o.update(topk_weights=None)),
         (GATED, "topk_weights", lambda o: o.update(topk_weights=o["topk_weights"].double())),
         (GATED, "out", lambda o: o.update(out=shorter(o["out"]))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -14,8 +15,10 @@ from dsv4.kernels.hopper.layout import (
     from_image,
     k_order,
     matrix_bytes,
+    maxima_place,
     pack_matrix,
     row_order,
+    terms_place,
     to_image,
     unpack_matrix,
 )
@@ -94,6 +97,32 @@ def test_a_thread_multiplies_what_wgmma_pairs() -> None:
                 result[64 * m : 64 * m + 64] += a @ chunks.reshape(tokens, 64).T
     decoded = E2M1[codes.long()] * scales.view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
     assert torch.equal(result, decoded @ x.T)
+
+
+def test_warps_meet_over_scale_groups() -> None:
+    """The rows of two tiles, warp by warp, are all pairs of all scale groups of 64 of the result; the warps that have a
+    pair of a group, in one lane of each, write their maxima where that lane's terms are read, nobody else does, and
+    what lanes access together lies in different banks."""
+    made = row_order(128, gated=True).view(2, 4, 2, 8)[:, :, 0]  # tile, warp, a chunk's features
+    groups = [set(range(16 * lane, 16 * lane + 16)) for lane in range(4)]
+    for lane in range(4):
+        # After the transposition a lane has the two of its number of each chunk.
+        pairs = [made[tile, warp, 2 * lane : 2 * lane + 2].tolist() for tile in range(2) for warp in range(4)]
+        assert len(pairs) == 8
+        assert sorted(value for pair in pairs for value in pair) == sorted(groups[lane])
+    units = range(3)
+    lanes = [(unit, lane) for unit in units for lane in range(32)]
+    own = {(unit, lane): [32 * (32 * unit + lane) + byte for byte in range(32)] for unit, lane in lanes}
+    for unit, lane in lanes:
+        maxima = [unit * 1024 + maxima_place(warp, lane) + byte for warp in range(8) for byte in range(4)]
+        assert sorted(maxima) == own[unit, lane]
+        for number, base in ((lane, unit * 1024), (32 * unit + lane, 0)):  # of a unit, and counted through
+            terms = [base + terms_place(half, number) + byte for half in range(2) for byte in range(16)]
+            assert sorted(terms) == own[unit, lane]
+    for warp in range(8):
+        assert len({maxima_place(warp, lane) // 4 % 32 for lane in range(32)}) == 32
+    for half, eight in product(range(2), range(0, 32, 8)):  # sixteen bytes each: eight lanes at a time
+        assert len({terms_place(half, lane) // 16 % 8 for lane in range(eight, eight + 8)}) == 8
 
 
 @pytest.fixture

@@ -94,9 +94,15 @@ def test_two_products_hand_over_an_image(line, mode):
     assert first.arguments[9] == second.arguments[1]
     assert (first.arguments[11], second.arguments[11]) == (h // 128, i // 128)
     quantized = MODES[mode].get("activation_format") != "bf16"
-    for product in (first, second):
-        assert bool(product.arguments[7]) or not quantized
-        assert f"row_scale={quantized}" in product.cubin.decode()
+    known = mode in ("static", "per-expert")
+    assert f"row_scale={quantized}" in first.cubin.decode()
+    assert f"row_scale={quantized and not known}" in second.cubin.decode()
+    assert bool(first.arguments[7]) == bool(second.arguments[7]) == quantized
+    # Scales that are known ahead: GEMM 1 quantizes its result, and GEMM 2 multiplies by the same numbers.
+    assert f"requantized={known}" in first.cubin.decode()
+    assert f"expert_scale={known}" in second.cubin.decode()
+    if known:
+        assert first.arguments[14] == second.arguments[7] != first.arguments[7]
     assert f"weighted={mode == 'per-expert'}" in first.cubin.decode()
     assert first.arguments[13] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
     assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
@@ -115,9 +121,11 @@ def test_two_products_hand_over_an_image(line, mode):
         placing,
         *(["_quantize_image"] if of_expert and not few else []),
         *(["_image_amax"] if of_batch else []),
-        *(["_quantize_image"] if quantized else []),
+        *(["_quantize_image"] if quantized and not known else []),
         "_combine",
     ]
+    if quantized and not known:
+        assert stages[-2].arguments["DEPENDENT"]
     arguments = {name: stage.arguments for name, stage in zip(names, stages, strict=True)}
     assert arguments[placing]["image"].data_ptr() == first.arguments[1]
     if few or staged:

@@ -74,3 +74,84 @@ def requantize(values, gs):
             word = word | ((code | ((bits >> 28) & Uint32(8))) << (4 * i))
         words.append(Uint32(cutlass.select_(usable, word, Uint32(0))))
     return words[0], words[1], scale
+
+
+def divided(value, divisor, reciprocal):
+    """``value / divisor``, rounded to nearest, where ``reciprocal`` is ``1 / divisor`` rounded to nearest.
+
+    The twin of :func:`dsv4.kernels.triton.numerics.divide_by`: no branch, unlike ``div.rn``.
+    """
+    quotient = value * reciprocal
+    return ptx.fused(ptx.fused(-quotient, divisor, value), reciprocal, quotient)
+
+
+def pair_maxima(first, second):
+    """Of two words of two bf16 each: the larger magnitude of either, a word of two bf16's bits.
+
+    Magnitudes order as their bits do, Inf and NaN above all.
+    """
+    low, high = ptx.permute_two(first, second, 0x5410), ptx.permute_two(first, second, 0x7632)
+    return ptx.larger_u16x2(low & Uint32(0x7FFF7FFF), high & Uint32(0x7FFF7FFF))
+
+
+def block_terms(amax, gs, reciprocal_gs):
+    """What :func:`quantized_pair` needs to know of a block.
+
+    Without branches, so that several blocks are computed at the same time. Every result is that of
+    :func:`dsv4.kernels.triton.numerics.block_scales`.
+
+    Args:
+        amax: fp32, the block's largest magnitude, of bf16 values.
+        gs: fp32, the global scale, at least 2^-100.
+        reciprocal_gs: ``1 / gs``, rounded to nearest.
+
+    Returns:
+        Four words: the fp32 divisor and its reciprocal; two equal bf16 each: what saturates, and the block scale, 0
+        for a block that keeps no codes and NaN for one that is not finite.
+    """
+    sixth = divided(amax, Float32(6.0), Float32(1 / 6))
+    # What is far above e4m3's largest number is not divided exactly: its first quotient may be infinite.
+    wanted = ptx.lesser(sixth * reciprocal_gs, 512.0)
+    wanted = ptx.fused(ptx.fused(-wanted, gs, sixth), reciprocal_gs, wanted)
+    finite = amax.bitcast(Uint32) < Uint32(0x7F800000)
+    byte = Uint32(cutlass.select_(finite, ptx.e4m3_byte(wanted), Uint32(0x7F)))
+    scale = ptx.e4m3_value(byte)
+    step = scale * gs
+    usable = (step > 0.0) & (step < float("inf"))
+    divisor = Float32(cutlass.select_(usable, step, Float32(1.0)))
+    # As rcp.rn does it for normal numbers.
+    guess = ptx.reciprocal(divisor)
+    reciprocal = ptx.fused(ptx.fused(-divisor, guess, 1.0), guess, guess)
+    kept = cutlass.select_(usable | (byte == Uint32(0x7F)), scale.bitcast(Uint32), Uint32(0))
+    largest = divisor * 6.0
+    return (
+        divisor.bitcast(Uint32),
+        reciprocal.bitcast(Uint32),
+        ptx.pack_bf16x2(largest, largest),
+        ptx.permute(Uint32(kept), 0x3232),
+    )
+
+
+def quantized_pair(word, terms):
+    """Quantize two bf16 values of a block and decode them again.
+
+    Args:
+        word: the two.
+        terms: of their block, see :func:`block_terms`.
+
+    Returns:
+        ``e2m1 * sf`` of the two, bf16, as :func:`dsv4.kernels.triton.numerics.quantize_values` has it.
+    """
+    divisor, reciprocal, largest, scale = terms
+    divisor, reciprocal = divisor.bitcast(Float32), reciprocal.bitcast(Float32)
+    # Six steps, rounded to bf16, are still nearer to code 6 than to any other.
+    pair = ptx.lesser_bf16x2(word & Uint32(0x7FFF7FFF), largest)
+    codes = []
+    for bits in (pair << 16, pair & Uint32(0xFFFF0000)):
+        quotient = divided(bits.bitcast(Float32), divisor, reciprocal)
+        # As in round_e2m1, but the number that aligns keeps the quotient's mantissa, with which no sum reaches the next
+        # power of two. Where there is a tie, the quotient has three bits at most, and so that number is even.
+        aligned = cutlass.max(quotient.bitcast(Int32) + Int32(22 << 23), Int32((127 + 22) << 23)).bitcast(Float32)
+        codes.append(((quotient + aligned) - aligned).bitcast(Uint32))
+    decoded = ptx.multiply_bf16x2(ptx.permute_two(codes[0], codes[1], 0x7632), scale)
+    return decoded | (word & Uint32(0x80008000))

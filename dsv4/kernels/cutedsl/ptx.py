@@ -6,6 +6,11 @@ from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
+def opaque(value):
+    """The same integer, of which the compiler knows nothing: what is made of it is made here, not kept from before."""
+    return inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
+
+
 def bulk_load(destination, source, size, barrier):
     """Copy ``size`` contiguous bytes from global to shared memory; ``barrier`` counts them as they arrive."""
     inline_ptx(
@@ -53,6 +58,16 @@ def shared_quad(address):
     )
 
 
+def shared_store_word(address, word):
+    """Four bytes to shared memory."""
+    inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
+def shared_store_quad(address, words):
+    """Four words to shared memory, sixteen bytes."""
+    inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
+
+
 def shared_store_pair(address, first, second):
     """An integer and a float to shared memory, eight bytes."""
     inline_ptx("st.shared.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, first, second])
@@ -93,6 +108,23 @@ def permute(word, selector):
     return inline_ptx(
         "prmt.b32 {$w0}, {$r0}, 0, {$r1};", write_only_types=[Uint32], read_only_args=[word, Uint32(selector)]
     )
+
+
+def permute_two(low, high, selector):
+    """Bytes of two words by PRMT's selector: 0 to 3 are the first one's."""
+    return inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, Uint32(selector)]
+    )
+
+
+def larger_u16x2(a, b):
+    """The larger ones of two times two 16-bit integers without signs."""
+    return inline_ptx("max.u16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def lesser_bf16x2(a, b):
+    """The smaller ones of two times two bf16; of a NaN and a number the number."""
+    return inline_ptx("min.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
 
 
 def multiply_bf16x2(a, b):

@@ -34,7 +34,10 @@ class HopperConfig:
         gated: rows alternate between gate and up by eights, and the result is SwiGLU's, written as an image.
         wide_out: fp32 results, else bf16 (not with ``gated``).
         row_scale: multiply each token's results by its own fp32 number.
+        expert_scale: likewise, but a number for each expert (not with ``row_scale``).
         weighted: multiply SwiGLU's result by the routing weight.
+        requantized: the image that is written is ``e2m1 * sf``, under a global scale for each expert (with ``gated``).
+            A scale group lies in two warpgroups, so that there is an even number of those.
         limited: clamp SwiGLU's operands.
         follows_routing: the launch before writes the tables of routing, and nothing of them is read before it has
             ended; else they are older than that launch.
@@ -49,8 +52,10 @@ class HopperConfig:
     gated: bool = False
     wide_out: bool = False
     row_scale: bool = False
+    expert_scale: bool = False
     weighted: bool = False
     limited: bool = False
+    requantized: bool = False
     follows_routing: bool = False
 
     @property
@@ -79,9 +84,16 @@ class HopperConfig:
         return self.blocks * (self.warpgroups * BLOCK_BYTES + self.tokens * 256)
 
     @property
+    def block_table_bytes(self) -> int:
+        """Of what two warpgroups tell each other about scale groups: 16 bytes for each, tokens by sixteens."""
+        return -(-self.tokens // 16) * 1024 if self.requantized else 0
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a program: the pipeline, its barriers, two tables of row slots and factors."""
-        return self.stages * (self.stage_bytes + 16) + 2 * self.tokens * 8 + 1024
+        """Dynamic shared memory of a program: the pipeline, its barriers, two tables of row slots and factors, and one
+        of scale groups for every two warpgroups."""
+        tables = 2 * self.tokens * 8 + self.warpgroups // 2 * self.block_table_bytes
+        return self.stages * (self.stage_bytes + 16) + tables + 1024
 
     def fitted(self, rows: int, k: int) -> HopperConfig:
         """The nearest one of whose tiles a ``rows x k`` matrix is made, where this one's do not fit a small matrix."""

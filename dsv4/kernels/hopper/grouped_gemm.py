@@ -10,8 +10,9 @@ codes and ``[128 threads][4]`` scales, exactly what each thread of a warpgroup m
 **Tokens** come as an *image* for each row group, the rows of one expert that are multiplied together: ``[K/64][rows]
 [64]`` bf16, K permuted as in the weights, the 16-byte chunks of a 128-byte row swizzled the way wgmma wants to read
 them. A stage of the pipeline is therefore a few 1-D bulk copies: no tensor map, no gather, no address arithmetic but a
-sum. GEMM 1 writes its result as such images. A main loop is compiled for each of several numbers of tokens; up to 8 are
-multiplied by ``mma``, which wants the same fragments of weights as ``wgmma``.
+sum. GEMM 1 writes its result as such images, quantized where the scales are known ahead. A main loop is compiled for
+each of several numbers of tokens; up to 8 are multiplied by ``mma``, which wants the same fragments of weights as
+``wgmma``.
 
 **Warps.** One producer thread keeps the pipeline full; each consumer warpgroup owns 64 rows of the tile and decodes 64
 of K while the tensor cores multiply the 64 before, from two sets of operand registers.
@@ -30,9 +31,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
 from dsv4.kernels.cutedsl import ptx
-from dsv4.kernels.cutedsl.epilogue import swiglu
+from dsv4.kernels.cutedsl.epilogue import block_terms, pair_maxima, quantized_pair, swiglu
 from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
-from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES
+from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES, maxima_place, terms_place
 
 _LANES = 0x81C081C0
 _UNSCALE = 512.0
@@ -77,12 +78,13 @@ class GroupedGemm:
         k_blocks: Int32,
         n_tiles: Int32,
         limit: Float32,
+        result_gs: Int64,
         grid: Int32,
     ):
         cfg = self.config
         self.kernel(
             experts, image, gs, row_slot, group_expert, group_row, num_groups, row_scale, topk_weights, out,
-            expert_bytes, k_blocks, n_tiles, limit,
+            expert_bytes, k_blocks, n_tiles, limit, result_gs,
         ).launch(
             grid=(grid, 1, 1), block=(cfg.threads, 1, 1), smem=cfg.shared_bytes, min_blocks_per_mp=cfg.programs_per_sm,
             preferred_smem_carveout=100,  # else the device is asked
@@ -105,6 +107,7 @@ class GroupedGemm:
         k_blocks: Int32,
         n_tiles: Int32,
         limit: Float32,
+        result_gs: Int64,
     ):
         cfg = self.config
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
@@ -146,7 +149,7 @@ class GroupedGemm:
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
                 base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
-                topk_weights, out, n_tiles, limit,
+                topk_weights, out, n_tiles, limit, result_gs,
             )  # fmt: skip
 
     @cute.jit
@@ -244,7 +247,7 @@ class GroupedGemm:
     @cute.jit
     def consume(
         self, base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
-        topk_weights, out, n_tiles, limit,
+        topk_weights, out, n_tiles, limit, result_gs,
     ):  # fmt: skip
         """A consumer warpgroup."""
         cfg = self.config
@@ -270,6 +273,8 @@ class GroupedGemm:
                     slot = ptx.load_i32(row_slot + Int64(row + tidx) * 4)
                 if cutlass.const_expr(cfg.row_scale):
                     factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
+                if cutlass.const_expr(cfg.expert_scale):
+                    factor = ptx.load_f32(row_scale + Int64(expert) * 4)
             following = cutlass.min(tile + programs, total - 1)
             next_row, next_width, next_expert = self.row_group(following, n_tiles, group_expert, group_row)
 
@@ -284,14 +289,21 @@ class GroupedGemm:
                     else:
                         stage, phase = self.multiply(base, full, empty, chunks, stage, phase, acc, a, tokens)
                         result = acc
-                    if cutlass.const_expr(not cfg.gated or cfg.weighted or cfg.row_scale):
+                    if cutlass.const_expr(not cfg.gated or cfg.weighted or cfg.row_scale or cfg.requantized):
                         if tidx < width:
                             ptx.shared_store_pair(at + tidx * 8, slot, factor)
                         cute.arch.barrier(barrier_id=1, number_of_threads=128 * groups)
                     rows = (tile % n_tiles) * groups + group
-                    self.write(
-                        result, tokens, narrower, row, width, rows, expert, at, gs, topk_weights, out, n_tiles, limit
-                    )
+                    if cutlass.const_expr(cfg.requantized):
+                        self.write_requantized(
+                            result, tokens, narrower, row, width, rows, expert, at, tables, gs, topk_weights, out,
+                            n_tiles, limit, result_gs,
+                        )  # fmt: skip
+                    else:
+                        self.write(
+                            result, tokens, narrower, row, width, rows, expert, at, gs, topk_weights, out, n_tiles,
+                            limit,
+                        )  # fmt: skip
                 narrower = tokens
             row, width, expert = next_row, next_width, next_expert
             table ^= 1
@@ -425,15 +437,34 @@ class GroupedGemm:
 
     @cute.jit
     def write_image(self, acc, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit):
-        """SwiGLU of gate (the thread's upper row) and up (its lower one), as the image of the next product."""
-        cfg = self.config
+        """SwiGLU's result, as the image of the next product."""
         tidx, _, _ = cute.arch.thread_idx()
         lane, warp = tidx % 32, (tidx // 32) % 4
         gate_gs = ptx.load_f32(gs + Int64(expert) * 8) * _UNSCALE
         up_gs = ptx.load_f32(gs + Int64(expert) * 8 + 4) * _UNSCALE
+        block, chunk = self.image_block(warp, row, width, rows, out, n_tiles)
+        word = self.activated(lane, acc, n, gate_gs, up_gs, table, topk_weights, limit)
+        ptx.store_b32(self.pair_place(lane, block, chunk, n), word)
+
+    @cute.jit
+    def image_block(self, warp, row, width, rows, out, n_tiles):
+        """Where the 64 of the result that a warpgroup has a part of begin, and which chunk is the warp's."""
         chunk = 2 * warp + rows % 2
-        depth = n_tiles * cfg.warpgroups // 2  # 64s of the result
+        depth = n_tiles * self.config.warpgroups // 2  # 64s of the result
         block = out + Int64(row) * Int64(depth * 128) + Int64(rows // 2) * Int64(width * 128)
+        return block, chunk
+
+    @cute.jit
+    def pair_place(self, lane, block, chunk, n):
+        """Where a lane's two neighbours of a chunk stand in the image, of its one of the n-th eight tokens."""
+        at = n * 8 + lane // 4
+        return block + Int64(at * 128 + ((chunk ^ (at % 8)) * 16) + (lane % 4) * 4)
+
+    @cute.jit
+    def activated(self, lane, acc, n, gate_gs, up_gs, table, topk_weights, limit):
+        """SwiGLU of gate (the thread's upper row) and up (its lower one), of eight tokens, each a chunk of a warp: the
+        lane's pair of token ``lane // 4``."""
+        cfg = self.config
         values = []
         for j in cutlass.range_constexpr(2):
             gate, up = acc[j] * gate_gs, acc[2 + j] * up_gs
@@ -448,9 +479,66 @@ class GroupedGemm:
                     weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
                 value = value * weight
             values.append(value)
-        word = ptx.transpose_8x8(ptx.pack_bf16x2(values[0], values[1]))
-        at = n * 8 + lane // 4
-        ptx.store_b32(block + Int64(at * 128 + ((chunk ^ (at % 8)) * 16) + (lane % 4) * 4), word)
+        return ptx.transpose_8x8(ptx.pack_bf16x2(values[0], values[1]))
+
+    @cute.jit
+    def write_requantized(
+        self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, tables, gs,
+        topk_weights, out, n_tiles, limit, result_gs,
+    ):  # fmt: skip
+        """The end of a tile whose result is quantized.
+
+        A scale group is the eight chunks of one lane of four: the eight warps of two warpgroups have a pair of it each,
+        in lane ``4 * token + lane of four`` of every eight tokens. So all maxima are written to shared memory, each
+        thread turns some groups' eight into what quantizing them takes, in the place of the maxima, and all read that.
+
+        The table is 1024 bytes for each 16 tokens, 32 for each lane (:mod:`dsv4.kernels.hopper.layout`). The next tile
+        writes it behind a barrier at which every warp arrives after its last use of it in this tile.
+        """
+        cfg = self.config
+        # Registers are what the main loops have least of, and nothing that is made of the thread's number is worth one.
+        tidx = ptx.opaque(cute.arch.thread_idx()[0])
+        lane, thread = tidx & 31, tidx & 255
+        pair = 0 if cutlass.const_expr(cfg.warpgroups == 2) else cute.arch.make_warp_uniform(tidx // 32) // 8
+        eights, units = cutlass.const_expr(tokens // 8), -(-tokens // 16)
+        blocks = tables + 2 * cfg.tokens * 8 + pair * cfg.block_table_bytes
+        gate_gs = ptx.load_f32(gs + Int64(expert) * 8) * _UNSCALE
+        up_gs = ptx.load_f32(gs + Int64(expert) * 8 + 4) * _UNSCALE
+        next_gs = ptx.load_f32(result_gs + Int64(expert) * 4)
+
+        words = cute.make_rmem_tensor((2 * units,), Uint32)
+        for n in cutlass.range_constexpr(2 * units):
+            words[n] = Uint32(0)
+        own = blocks + maxima_place(thread // 32, lane)
+        for n in cutlass.range_constexpr(eights):
+            values = [acc[4 * n + i] for i in range(4)]
+            if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:
+                words[n] = self.activated(lane, values, n, gate_gs, up_gs, table, topk_weights, limit)
+            if cutlass.const_expr(n % 2 == 1 or n + 1 == eights):
+                ptx.shared_store_word(own + n // 2 * 1024, pair_maxima(words[n & ~1], words[n | 1]))
+        reciprocal_gs = ptx.divide(1.0, next_gs)
+        cute.arch.barrier(barrier_id=2 + pair, number_of_threads=256)
+
+        for i in cutlass.range_constexpr(-(-units // 8)):
+            if cutlass.const_expr((i + 1) * 8 <= units) or thread < (units - i * 8) * 32:
+                places = [blocks + i * 8192 + terms_place(half, thread) for half in range(2)]
+                maxima = [word for place in places for word in ptx.shared_quad(place)]
+                largest = maxima[0]
+                for c in cutlass.range_constexpr(1, 8):
+                    largest = ptx.larger_u16x2(largest, maxima[c])
+                for half in cutlass.range_constexpr(2):
+                    amax = largest << 16 if cutlass.const_expr(half == 0) else largest & Uint32(0xFFFF0000)
+                    terms = block_terms(amax.bitcast(Float32), next_gs, reciprocal_gs)
+                    ptx.shared_store_quad(places[half], terms)
+        cute.arch.barrier(barrier_id=2 + pair, number_of_threads=256)
+
+        tidx = ptx.opaque(cute.arch.thread_idx()[0])
+        lane, warp = tidx & 31, (tidx & 127) // 32
+        block, chunk = self.image_block(warp, row, width, rows, out, n_tiles)
+        for n in cutlass.range_constexpr(eights):
+            if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:
+                terms = ptx.shared_quad(blocks + n // 2 * 1024 + terms_place(n % 2, lane))
+                ptx.store_b32(self.pair_place(lane, block, chunk, n), quantized_pair(words[n], terms))
 
     @cute.jit
     def write_rows(self, acc, n, rows, expert, table, gs, out, n_tiles):
@@ -491,7 +579,7 @@ def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
     with TemporaryDirectory() as folder:
         compiled = cute.compile(
-            GroupedGemm(config), *[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int32(1),
+            GroupedGemm(config), *[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1),
             options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}",
         )  # fmt: skip
         entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))

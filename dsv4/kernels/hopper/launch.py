@@ -17,7 +17,7 @@ from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 
-GEMM_SIGNATURE = (ctypes.c_int64,) * 11 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float)
+GEMM_SIGNATURE = (ctypes.c_int64,) * 11 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_int64)
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
@@ -39,6 +39,7 @@ def _check_operands(
     rows: int,
     k: int,
     topk_weights: Tensor | None,
+    result_gs: Tensor | None,
 ) -> None:
     """A kernel believes every address and size; words are found only where something is wrong."""
     if rows % (64 * config.warpgroups) or k % (128 * config.blocks):
@@ -48,6 +49,8 @@ def _check_operands(
         )
     if config.gated and rows % 128:
         raise _unfit("rows", rows, "a multiple of 128 for a gated product")
+    if config.requantized and (config.warpgroups % 2 or not config.gated):
+        raise _unfit("config", config, "an even number of warpgroups and a gated product, to requantize")
     if experts.dtype != torch.uint8 or experts.stride(1) != 1 or experts.stride(0) % 16 or offset % 16:
         raise _unfit("experts", experts, "uint8 rows, a matrix at every 16th byte")
     if offset + matrix_bytes(rows, k) > experts.shape[1]:
@@ -67,10 +70,12 @@ def _check_operands(
         ("num_groups", groups.num_groups, torch.int32, 1),
         ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
     ]
-    if config.row_scale:
-        operands.append(("row_scale", row_scale, torch.float32, image_rows))
+    if config.row_scale or config.expert_scale:
+        operands.append(("row_scale", row_scale, torch.float32, image_rows if config.row_scale else num_experts))
     if config.weighted:
         operands.append(("topk_weights", topk_weights, torch.float32, 0))
+    if config.requantized:
+        operands.append(("result_gs", result_gs, torch.float32, num_experts))
     for name, tensor, dtype, size in operands:
         if tensor is None or tensor.dtype != dtype or tensor.numel() < size or not tensor.is_contiguous():
             raise _unfit(name, tensor, f"{dtype}, contiguous, at least {size} elements")
@@ -99,6 +104,7 @@ def grouped_gemm(
     multiprocessors: int,
     limit: float | None = None,
     topk_weights: Tensor | None = None,
+    result_gs: Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """Multiply every row group with its expert's matrix.
@@ -106,7 +112,7 @@ def grouped_gemm(
     Args:
         config: which kernel; its flags say which of the optional operands are read.
         image: bf16, the tokens: see :mod:`dsv4.kernels.hopper.stages`.
-        row_scale: fp32, by row of the tile map.
+        row_scale: fp32, by row of the tile map; with ``config.expert_scale`` by expert.
         experts: uint8 ``[E, bytes]``.
         offset: first byte of the matrix.
         gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
@@ -118,13 +124,14 @@ def grouped_gemm(
         multiprocessors: of the device.
         limit: of SwiGLU.
         topk_weights: fp32, by slot.
+        result_gs: fp32 ``[E]``, at least 2^-100 each: the next image's global scales, where it is quantized.
         dependent: start before the launch before it has ended, which wrote ``tiles`` and ``groups`` only if
             ``config.follows_routing``.
 
     Raises:
         InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
     """
-    _check_operands(config, image, row_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights)
+    _check_operands(config, image, row_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights, result_gs)
     n_tiles = rows // (64 * config.warpgroups)
     grid = min(multiprocessors * config.programs_per_sm, groups.group_expert.shape[0] * n_tiles)
     gemm_kernel(config, image.device.index or 0)(
@@ -144,5 +151,6 @@ def grouped_gemm(
         k // 128,
         n_tiles,
         limit or 0.0,
+        result_gs.data_ptr() if result_gs is not None else 0,
         dependent=dependent,
     )

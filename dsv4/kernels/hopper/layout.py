@@ -104,3 +104,19 @@ def _swizzled(chunks: Tensor) -> Tensor:
 def matrix_bytes(rows: int, k: int) -> int:
     """Of a packed matrix."""
     return rows // BLOCK_ROWS * (k // BLOCK_K) * BLOCK_BYTES
+
+
+# What two warpgroups tell each other about scale groups, 1024 bytes for each 16 tokens: 32 bytes for each of the lanes,
+# which in eight warps have a pair each of the same two groups, one of each eight tokens. Places are swizzled so that
+# lanes that access shared memory together use different banks. Lanes of the next 16 tokens count on from 32.
+
+
+def maxima_place(warp, lane):
+    """Where a warp of eight puts the largest magnitudes of a lane's two pairs, a word."""
+    return lane * 32 + (warp ^ (lane // 4 % 8)) * 4
+
+
+def terms_place(half, lane):
+    """Where what quantizes a lane's scale group of either eight tokens is, four words: in the place of the maxima."""
+    first = lane // 4 % 2 * 16
+    return lane * 32 + (first if half == 0 else 16 - first)

@@ -352,8 +352,15 @@ def _load_row(image, row, tile_start, tile_rows, K, UNIT: tl.constexpr, BLOCKS: 
 @triton.jit
 def _quantize_image(
     image, scale, row_slot, tile_expert, tile_start, tile_rows, row_scale, K,
-    SOURCE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    SOURCE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        # Every program waits, also one that has nothing to do: this launch must not end before the product that writes
+        # the image has. So whoever waits for this launch has waited for that product, and what the product waited for.
+        # The next launch may begin once all programs are here: it reads weights, and tables of routing, which are older
+        # than the product, before it waits for this launch.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     if tl.load(row_slot + row) < 0:
         return
@@ -536,6 +543,8 @@ def quantize_image(
     k: int,
     source: ScaleSource,
     scale: Tensor | None,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Quantize an image in place: ``e2m1 * sf``, and the global scale of each row beside it.
 
@@ -548,10 +557,13 @@ def quantize_image(
         k: K, a multiple of 64.
         source: of the global scale: ROW, BATCH or EXPERT.
         scale: what ``source`` reads.
+        dependent: start before the launch before has ended (Hopper and later), which wrote the image; the tables of
+            routing must be older than that launch.
     """
     _quantize_image[(tiles.row_slot.shape[0],)](
         image, scale if scale is not None else row_scale, tiles.row_slot, tiles.tile_expert, groups.tile_start,
-        groups.tile_rows, row_scale, k, SOURCE=int(source), UNIT=unit, **_whole_rows(k),
+        groups.tile_rows, row_scale, k, SOURCE=int(source), UNIT=unit, DEPENDENT=dependent, **_whole_rows(k),
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
