@@ -343,8 +343,8 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
         gemm1 = _gemm1_config(config, tiling)
         gemm2 = _gemm2_config(config, tiling)
         firsts = [gemm1]
-        if config.activation_scale == "calibrated" and config.quantizes_activations:
-            firsts.append(_unquantized_gemm1(config, tiling))
+        if config.quantizes_activations and config.activation_scale in ("static", "calibrated"):
+            firsts.append(_unquantized_gemm1(config, tiling))  # what calibration observes
         if fewest < FEW_SLOTS:
             firsts += [replace(first, follows_routing=True) for first in firsts]
         needed += [*firsts, gemm2, replace(gemm2, wide_out=True)]
