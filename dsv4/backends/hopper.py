@@ -18,7 +18,7 @@ from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.cutedsl.cache import dsl_version
 from dsv4.kernels.hopper.cache import ARCH, CACHE
-from dsv4.kernels.hopper.config import FEW_SLOTS, HopperConfig
+from dsv4.kernels.hopper.config import FEW_SLOTS, FEWEST_SLOTS, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
 from dsv4.nvfp4 import pack_nibbles
 from dsv4.weights import MoEWeights
@@ -55,7 +55,6 @@ class Tiling:
 
 # Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets. A tiling is
 # written as widths: warpgroups, K blocks, stages, programs.
-#   T = 1 [19], 2 [37]: 8: 1,2,4,4 36, 54; 1,1,8,4 37; 2,2,5,2 41, 54. T = 4 [74]: 8: 2,2,3,3 90; 1,2,4,4 92.
 #   T = 8 [142], 64 [639]: 8: 2,2,5,2 168, 732; 2,2,3,3 173, 749; 1,2,4,4 742; 4,1,5,2 755.
 #   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
 #   T = 512 [816]: 16, 24: 2,2,3,2 1079; 4,1,8,1 1129; 24 alone 1139; 8, 16: 1127.
@@ -64,8 +63,6 @@ class Tiling:
 #   T = 4096 [1602]: 96, 112, 128: 2,1,5,1 2544; 64 to 128: 2548; 64: 3306.
 #   T = 8192 [3205]: 184, 200, 216, 256: 2,1,3,1 4466; 192, 208, 224, 256: 4468; 64 to 128 by 16: 2,1,5,1 4802.
 TILINGS = (
-    Tiling(1 / 20, 8, (8,), (1, 2, 4, 4), (1, 2, 4, 4)),
-    Tiling(1 / 8, 8, (8,), (2, 2, 3, 3), (2, 2, 3, 3)),
     Tiling(4, 8, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
     Tiling(9, 8, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
     Tiling(16, 8, (16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
@@ -76,8 +73,13 @@ TILINGS = (
     Tiling(float("inf"), 8, (96, 184, 208, 240), (2, 1, 3, 1), (2, 1, 3, 1)),
 )
 
-_TWO_WARPGROUPS = (2, 2, 3, 3)
-"""GEMM 1 of the lines that have one warpgroup, where it quantizes its result: a scale group lies in two."""
+# Of the same layer at T = 1, 2, 4, for GEMM 1 and GEMM 2 as warpgroups, K blocks, stages, programs:
+#   1,2,4,4 both 36.8, 61.5, 94.9; 1,2,5,3 and 1,2,4,4 33.8, 60.5, 96.9; 1,2,4,4 and 1,2,5,3 34.8, 58.9, 100.6;
+#   2,2,3,3 both 41.0, 51.8, 93.5; 2,2,5,2 both 37.8, 61.4, 93.4; 1,1,5,6 and 1,2,4,4 42.3, 55.3, 95.0.
+# V4-Pro, T = 1, 2 [50, 99]: 1,2,4,4 both 85, 136; 1,2,3,5 and 1,2,4,4 75, 128; 2,2,3,3 both 75, 136; 2,2,5,2 both 78,
+#   129. What counts is that all tiles run at once and that no multiprocessor has more of them than the others.
+ONE_WAVE = ((1, 2, 5, 3), (2, 2, 5, 2), (1, 2, 3, 5), (2, 2, 3, 3))
+"""For few tiles, in the first line of the table: the first of these whose programs, a tile each, run all at once."""
 
 
 class HopperBackend(PortableBackend):
@@ -198,12 +200,33 @@ class HopperBackend(PortableBackend):
 
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
-        return (*(t.rows_per_expert * cfg.num_experts for t in TILINGS), FEW_SLOTS, FEW_TOKENS * cfg.top_k)
+        waves = (
+            self._at_once(shape) / row_tiles
+            for shape in ONE_WAVE
+            for row_tiles in (2 * cfg.intermediate_size // 64, cfg.hidden_size // 64)
+        )
+        lines = (t.rows_per_expert * cfg.num_experts for t in TILINGS)
+        return (*lines, *waves, FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
-        mean = tokens * self.config.top_k / self.config.num_experts
-        return next(t for t in TILINGS if mean <= t.rows_per_expert)
+        slots = tokens * self.config.top_k
+        line = next(t for t in TILINGS if slots / self.config.num_experts <= t.rows_per_expert)
+        if line is not TILINGS[0]:
+            return line
+        shapes = []
+        for row_tiles, even, otherwise in (
+            (2 * self.config.intermediate_size // 64, _requantizes(self.config), line.gemm1),
+            (self.config.hidden_size // 64, False, line.gemm2),
+        ):
+            fitting = (shape for shape in _one_wave(even) if slots * row_tiles <= self._at_once(shape))
+            shapes.append(next(fitting, otherwise))
+        return replace(line, gemm1=shapes[0], gemm2=shapes[1])
+
+    def _at_once(self, shape: tuple[int, int, int, int]) -> int:
+        """64-row tiles that are multiplied at the same time, if each program has one tile."""
+        warpgroups, _, _, programs_per_sm = shape
+        return warpgroups * programs_per_sm * self._multiprocessors
 
     def _schedule(self, call: Call, views: dict[str, Tensor], tiling: Tiling) -> tuple[RoutingBuffers, RowGroups]:
         from dsv4.kernels.triton.routing import RowGroups
@@ -305,12 +328,17 @@ def _requantizes(config: MoEConfig) -> bool:
     return config.quantizes_activations and config.activation_scale in ("static", "calibrated")
 
 
+def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
+    """Of ``ONE_WAVE``, those with an even number of warpgroups, if a scale group of the result is to lie in two."""
+    return [shape for shape in ONE_WAVE if not (even and shape[0] % 2)]
+
+
 def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
     requantized = _requantizes(config)
     return HopperConfig(
         tiling.unit,
         tiling.widths,
-        *(_TWO_WARPGROUPS if requantized and tiling.gemm1[0] == 1 else tiling.gemm1),
+        *tiling.gemm1,
         gated=True,
         row_scale=config.quantizes_activations,
         requantized=requantized,
@@ -339,17 +367,21 @@ def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
 def kernels(config: MoEConfig) -> list[HopperConfig]:
     """Every kernel that a layer may launch: what is compiled ahead of time."""
     needed, fewest = [], 0.0
-    for tiling in TILINGS:
-        gemm1 = _gemm1_config(config, tiling)
-        gemm2 = _gemm2_config(config, tiling)
-        firsts = [gemm1]
-        if config.quantizes_activations and config.activation_scale in ("static", "calibrated"):
-            firsts.append(_unquantized_gemm1(config, tiling))  # what calibration observes
-        if fewest < FEW_SLOTS:
-            firsts += [replace(first, follows_routing=True) for first in firsts]
-        needed += [*firsts, gemm2, replace(gemm2, wide_out=True)]
-        fewest = tiling.rows_per_expert * config.num_experts
-    return needed
+    for line in TILINGS:
+        few = line is TILINGS[0]
+        for shape in (*(_one_wave(_requantizes(config)) if few else ()), line.gemm1):
+            gemm1 = _gemm1_config(config, replace(line, gemm1=shape))
+            firsts = [gemm1]
+            if config.quantizes_activations and config.activation_scale in ("static", "calibrated"):
+                firsts.append(_unquantized_gemm1(config, replace(line, gemm1=shape)))  # what calibration observes
+            if fewest < FEW_SLOTS:
+                firsts += [replace(first, follows_routing=True) for first in firsts]
+            needed += firsts
+        for shape in (*(ONE_WAVE if few else ()), line.gemm2):
+            gemm2 = _gemm2_config(config, replace(line, gemm2=shape))
+            needed += [gemm2, replace(gemm2, wide_out=True)]
+        fewest = line.rows_per_expert * config.num_experts
+    return list(dict.fromkeys(needed))
 
 
 def _plan(config: MoEConfig) -> BufferPlan:

@@ -34,8 +34,9 @@ QUANTIZED_TOLERANCE = 5e-2
 call of one token has, one that moves from 4 to 6 is 2e-2. A scale, fragment or row in a wrong place is far above."""
 
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOP_K = 64, 256, 256, 2
-_TOKENS = (1, 4, 48, 192, 384, 768, 1536, 3072, 4096, 8224)
-"""With 64 experts and 2 choices these reach every line of the backends' tables: tests/kernels compares them."""
+_TOKENS = (1, 4, 32, 38, 48, 64, 75, 90, 192, 384, 768, 1536, 3072, 4096, 8224)
+"""With 64 experts and 2 choices these reach every line of the backends' tables, and every shape of a
+program of the Hopper backend: tests/kernels compares them."""
 
 
 @cache

@@ -11,7 +11,7 @@ from layer_cases import largest_call
 
 pytest.importorskip("triton")
 
-from dsv4.backends import hopper
+from dsv4.backends import hopper, proof
 from dsv4.backends.base import Call, InputScales, Packed
 from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend, kernels
 from dsv4.backends.proof import configurations
@@ -159,6 +159,34 @@ def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
         instructions = set(sass(stage.compile(90).asm["cubin"], tmp_path))
         assert not {"LDL", "STL"} & instructions, stage.kernel.__name__
         assert ("UBLKPF" in instructions) == (stage.kernel.__name__ == "_route_and_scatter")  # it fetches to L2
+
+
+@pytest.mark.parametrize("config", configurations(), ids=lambda c: f"{c.activation_format}-{c.activation_scale}")
+def test_the_proof_reaches_every_shape(config):
+    """The calls of the self-check launch programs of every shape there is for calls of few tiles, in both products; and
+    what any call launches is compiled ahead of time."""
+    backend, known = HopperBackend(config, torch.device("cpu")), set(kernels(config))
+    lines = [backend._line(tokens) for tokens in proof._TOKENS]
+    even = {shape for shape in hopper.ONE_WAVE if shape[0] % 2 == 0}
+    requantizes = config.quantizes_activations and config.activation_scale == "static"
+    assert {line.gemm1 for line in lines} >= (even if requantizes else {*hopper.ONE_WAVE})
+    assert {line.gemm2 for line in lines} >= {*hopper.ONE_WAVE}
+    for line in lines:
+        assert {hopper._gemm1_config(config, line), hopper._gemm2_config(config, line)} <= known
+
+
+def test_few_tiles_run_at_once():
+    """Of V4-Flash and V4-Pro: one token's products, and two of V4-Flash's, take the shape with the fewest programs that
+    are still one for each tile."""
+    for (e, h, i), tokens, want in (
+        ((256, 4096, 2048), 1, ((1, 2, 5, 3), (1, 2, 5, 3))),
+        ((256, 4096, 2048), 2, ((2, 2, 3, 3), (2, 2, 3, 3))),
+        ((256, 4096, 2048), 3, (TILINGS[0].gemm1, TILINGS[0].gemm2)),
+        ((384, 7168, 3072), 1, ((1, 2, 3, 5), (2, 2, 3, 3))),
+    ):
+        config = MoEConfig(e, h, i, top_k=6, activation_format="bf16")
+        line = HopperBackend(config, torch.device("cpu"))._line(tokens)
+        assert (line.gemm1, line.gemm2) == want
 
 
 def test_without_the_dsl_it_declines_unless_every_kernel_is_cached(monkeypatch):

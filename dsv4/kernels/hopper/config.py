@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from dsv4.kernels.hopper.layout import BLOCK_BYTES
 
 PRODUCER_REGISTERS = 24
-FEW_SLOTS = 64
-"""Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other.
-
-Without it, at T = 1, routing takes 2.6 us, scattering 2.2, and a launch more."""
+FEWEST_SLOTS, FEW_SLOTS = 16, 64
+"""Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other;
+up to the lower number with fewer comparisons."""
 
 MMA_TOKENS = 8
 """Row groups of up to so many rows are multiplied by ``mma`` (a warp's), wider ones by ``wgmma`` (a warpgroup's).

@@ -91,7 +91,7 @@ def from_image(image: Tensor) -> Tensor:
     chunks = _swizzled(image.view(tiles, blocks, tile, 8, 8)).permute(0, 2, 1, 3, 4).reshape(-1, blocks, 64)
     rows = torch.empty_like(chunks)
     rows[..., k_order().to(image.device)] = chunks
-    return rows.view(-1, blocks * 64)
+    return rows.reshape(-1, blocks * 64)
 
 
 def _swizzled(chunks: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.errors import InputError
-from dsv4.kernels.hopper.config import FEW_SLOTS
+from dsv4.kernels.hopper.config import FEW_SLOTS, FEWEST_SLOTS
 from dsv4.kernels.hopper.layout import BLOCK_BYTES
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
@@ -21,12 +21,14 @@ from dsv4.kernels.triton.stages import ScaleSource
 
 @triton.jit
 def _places(row, start, rows, K, BLOCKS: tl.constexpr):
-    """Pairs of values of a row, ``[BLOCKS, chunk, lane]``: where in the image of ``rows`` rows from ``start``.
+    """Pairs of values of a row, ``[chunk, BLOCKS, lane]``: where in the image of ``rows`` rows from ``start``.
 
-    The 16-byte chunks of a 128-byte line are swizzled as wgmma reads them.
+    The 16-byte chunks of a 128-byte line are swizzled as wgmma reads them. They come first, since Triton gives
+    neighbouring threads the first dimension of those that it does not find contiguous: so a warp's instruction writes
+    whole lines.
     """
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    chunk = tl.arange(0, 8)[None, :, None]
+    chunk = tl.arange(0, 8)[:, None, None]
+    block = tl.arange(0, BLOCKS)[None, :, None]
     lane = tl.arange(0, 4)[None, None, :]
     inside = row - start
     line = start.to(tl.int64) * (K // 2) + (block * rows + inside) * 32
@@ -49,9 +51,9 @@ def _join(low, high):
 
 @triton.jit
 def _group_amax(low, high):
-    """Of scale groups, ``[BLOCKS, 1, 4]``: a lane's sixteen values of a block."""
+    """Of scale groups, ``[1, BLOCKS, 4]``: a lane's sixteen values of a block."""
     both = tl.join(low, high)
-    return largest_magnitude(largest_magnitude(both, 3), 1)[:, None, :]
+    return largest_magnitude(largest_magnitude(both, 3), 0)[None, :, :]
 
 
 @triton.jit
@@ -86,12 +88,12 @@ def _quantized(low, high, amax, gs):
 
 @triton.jit
 def _load_token(x, token, K, BLOCKS: tl.constexpr):
-    """A token's pairs, ``[BLOCKS, chunk, lane]``, and which of them there are.
+    """A token's pairs, ``[chunk, BLOCKS, lane]``, and which of them there are.
 
     A lane's sixteen values of 64 stand together in a row, and are dealt to the chunks two by two.
     """
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    chunk = tl.arange(0, 8)[None, :, None]
+    chunk = tl.arange(0, 8)[:, None, None]
+    block = tl.arange(0, BLOCKS)[None, :, None]
     lane = tl.arange(0, 4)[None, None, :]
     here = block * 64 < K
     source = token.to(tl.int64) * (K // 2) + block * 32 + lane * 8 + chunk
@@ -326,12 +328,12 @@ def _gather_rows(
     start, rows = tl.load(tile_start + tile), tl.load(tile_rows + tile)
     served = slot >= 0
     token = tl.where(served, slot, 0) // SLOTS_PER_ROW
-    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None, None]
-    chunk = tl.arange(0, 8)[None, None, :, None]
+    chunk = tl.arange(0, 8)[:, None, None, None]  # first: see _places
+    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, None, :, None]
     lane = tl.arange(0, 4)[None, None, None, :]
-    inside = (row - start)[:, None, None, None]
-    mask = served[:, None, None, None] & (block * 64 < K) & (chunk >= 0) & (lane >= 0)
-    source = token.to(tl.int64)[:, None, None, None] * (K // 2) + block * 32 + lane * 8 + chunk
+    inside = (row - start)[None, :, None, None]
+    mask = served[None, :, None, None] & (block * 64 < K) & (chunk >= 0) & (lane >= 0)
+    source = token.to(tl.int64)[None, :, None, None] * (K // 2) + block * 32 + lane * 8 + chunk
     pairs = tl.load(x.to(tl.pointer_type(tl.uint32)) + source, mask=mask, other=0)
     at = start.to(tl.int64) * (K // 2) + (block * rows + inside) * 32 + (chunk ^ (inside % 8)) * 4 + lane
     tl.store(image.to(tl.pointer_type(tl.uint32)) + at, pairs, mask=mask)
@@ -344,7 +346,7 @@ def _gather_rows(
 def _load_row(image, row, tile_start, tile_rows, K, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
     start, rows = tl.load(tile_start + row // UNIT), tl.load(tile_rows + row // UNIT)
     at = image.to(tl.pointer_type(tl.uint32)) + _places(row, start, rows, K, BLOCKS)
-    here = (tl.arange(0, BLOCKS) * 64 < K)[:, None, None]
+    here = (tl.arange(0, BLOCKS) * 64 < K)[None, :, None]
     low, high = _split(tl.load(at, mask=here, other=0))
     return at, here, low, high
 
@@ -494,9 +496,9 @@ def route_and_scatter(
         weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
         experts if experts is not None else row_scale, *sizes, tiles.row_slot.shape[0], tiles.tile_expert.shape[0],
         experts.stride(0) if experts is not None else 0, run_bytes, row_tiles, fetched, pieces, k, **flags,
-        SLOTS=FEW_SLOTS, P=unit, GROUP=groups.rows // unit, SOURCE=int(source), HAS_WEIGHT=weights is not None,
-        BLOCKS=blocks, FETCH=experts is not None, PIECE=_PIECE, PIECES=_PIECES,
-        TILES=tiles_of_program, num_warps=4, **({"launch_pdl": True} if experts is not None else {}),
+        SLOTS=FEWEST_SLOTS if slots <= FEWEST_SLOTS else FEW_SLOTS, P=unit, GROUP=groups.rows // unit,
+        SOURCE=int(source), HAS_WEIGHT=weights is not None, BLOCKS=blocks, FETCH=experts is not None, PIECE=_PIECE,
+        PIECES=_PIECES, TILES=tiles_of_program, num_warps=4, **({"launch_pdl": True} if experts is not None else {}),
     )  # fmt: skip
 
 
