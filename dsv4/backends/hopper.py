@@ -114,7 +114,7 @@ class HopperBackend(PortableBackend):
             )
         if dsl_version() is None:
             needed = {kernel for layer in (config, *configurations()) for kernel in kernels(layer)}
-            missing = sum(CACHE.lookup(kernel, ARCH) is None for kernel in needed)
+            missing = len(CACHE.missing(needed, ARCH))
             if missing:
                 return Verdict(
                     False,

@@ -69,7 +69,8 @@ def _hopper(layer: LayerShape) -> tuple[KernelCache, set[HopperConfig]]:
     from dsv4.backends.hopper import kernels
     from dsv4.kernels.hopper.cache import CACHE
 
-    configs = [*proof.configurations(), *(_config(layer, activation_format=form) for form in ("bf16", "nvfp4"))]
+    layers = [_config(layer, activation_scale=scale) for scale in ("static", "token")]
+    configs = [*proof.configurations(), *layers, _config(layer, activation_format="bf16")]
     return CACHE, {kernel for config in configs for kernel in kernels(config)}
 
 

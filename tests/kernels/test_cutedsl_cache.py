@@ -126,7 +126,7 @@ def test_foreign_things_in_the_folder_are_left_alone(store, compiled):
 
 
 def test_the_key_names_all_that_a_kernel_depends_on(store, monkeypatch):
-    """Configuration, architecture, DSL version, and the contents of every source file."""
+    """Configuration, architecture, DSL version, and the contents of every source file when the process began."""
     store.load(ONE, ARCH)
     assert len({store.key(*kernel) for kernel in ((ONE, ARCH), (OTHER, ARCH), (ONE, OTHER_ARCH))}) == 3
     with monkeypatch.context() as patch:
@@ -135,9 +135,24 @@ def test_the_key_names_all_that_a_kernel_depends_on(store, monkeypatch):
     for source in store.sources:
         text = source.read_text()
         source.write_text(text + "\n")
+        assert store.lookup(ONE, ARCH) == BUILT  # this process has imported what the file was
+        cache._contents.cache_clear()
         assert store.lookup(ONE, ARCH) is None, source
         source.write_text(text)
+        cache._contents.cache_clear()
         assert store.lookup(ONE, ARCH) == BUILT
+
+
+def test_which_kernels_are_missing(store, monkeypatch, tmp_path):
+    """Those without a file of the installed version, or of any where none is; all, where there is no folder."""
+    kernels = [ONE, OTHER]
+    assert store.missing(kernels, ARCH) == kernels
+    store.load(ONE, ARCH)
+    assert store.missing(kernels, ARCH) == [OTHER]
+    assert store.missing(kernels, OTHER_ARCH) == kernels
+    for installed, missing in (("1.0.1", kernels), (".0", kernels), (None, [OTHER])):
+        monkeypatch.setattr(cache, "dsl_version", lambda version=installed: version)
+        assert store.missing(kernels, ARCH) == missing
 
 
 def test_without_the_dsl_any_version_serves(store, monkeypatch):

@@ -18,7 +18,7 @@ from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig
 from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.hopper import launch
-from dsv4.kernels.hopper.config import FEW_SLOTS
+from dsv4.kernels.hopper.config import FEW_SLOTS, HopperConfig
 from dsv4.kernels.hopper.packing import pack
 from dsv4.kernels.triton.stages import ScaleSource
 from kernels.fake_driver import FakeDriver, installed
@@ -195,16 +195,17 @@ def test_without_the_dsl_it_declines_unless_every_kernel_is_cached(monkeypatch):
     config, cuda = MoEConfig(8, 256, 128, activation_format="bf16", batch_invariant=True), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    asked = []
-    monkeypatch.setattr(KernelCache, "lookup", lambda self, kernel, arch: asked.append(kernel) or (b"", ""))
+    asked: list[HopperConfig] = []
+    monkeypatch.setattr(KernelCache, "missing", lambda self, needed, arch: asked.extend(needed) or [])
     assert HopperBackend.explain(config, cuda).usable
     assert not asked  # the DSL is installed here
     monkeypatch.setattr(hopper, "dsl_version", lambda: None)
     assert HopperBackend.explain(config, cuda).usable
     assert {*kernels(config), *(kernel for check in configurations() for kernel in kernels(check))} == {*asked}
     for absent in (asked[0], asked[-1]):
-        found = lambda self, kernel, arch, absent=absent: None if kernel == absent else (b"", "")  # noqa: E731
-        monkeypatch.setattr(KernelCache, "lookup", found)
+        monkeypatch.setattr(
+            KernelCache, "missing", lambda self, needed, arch, absent=absent: [k for k in needed if k == absent]
+        )
         verdict = HopperBackend.explain(config, cuda)
         assert not verdict.usable
         assert f"1 of the {len(set(asked))} kernels" in verdict.reason

@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,27 @@ class KernelCache:
         return Path(os.environ.get("DSV4_CACHE_DIR", default)) / self.name
 
     def key(self, config: Any, arch: str) -> str:
-        """Of a configuration under the present sources."""
-        digest = hashlib.sha256(f"{arch} {config!r}".encode())
-        for path in self.sources:
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:32]
+        """Of a configuration under the sources as they were when this process asked first."""
+        return hashlib.sha256(f"{arch} {config!r}".encode() + _contents(tuple(self.sources))).hexdigest()[:32]
+
+    def names(self) -> list[str]:
+        """Of the files of the installed DSL's version, or of any version where none is installed."""
+        version = dsl_version()
+        try:
+            found = os.listdir(self.folder())
+        except OSError:
+            return []
+        return sorted(name for name in found if name.endswith(f"-{version}.kernel" if version else ".kernel"))
+
+    def missing(self, configs: Iterable[Any], arch: str) -> list[Any]:
+        """Those of some configurations for which there is no file; what is in the files is not looked at."""
+        there = {name.partition("-")[0] for name in self.names()}
+        return [config for config in configs if self.key(config, arch) not in there]
 
     def lookup(self, config: Any, arch: str) -> tuple[bytes, str] | None:
         """Cubin and entry name from disk: of the installed DSL's version, or of any where none is installed."""
-        pattern = f"{self.key(config, arch)}-{dsl_version() or '*'}.kernel"
-        for path in sorted(self.folder().glob(pattern)):
+        key = self.key(config, arch)
+        for path in (self.folder() / name for name in self.names() if name.startswith(f"{key}-")):
             try:
                 content = path.read_bytes()
             except OSError:
@@ -91,6 +103,12 @@ class KernelCache:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next process a compilation
             _write(path, _digest(path.name, payload) + payload)
         return cubin, entry
+
+
+@cache
+def _contents(sources: tuple[Path, ...]) -> bytes:
+    """A digest of files, read once: what this process has imported does not change with them."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).digest()
 
 
 def _digest(name: str, payload: bytes) -> bytes:
