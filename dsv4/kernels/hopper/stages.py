@@ -208,6 +208,15 @@ def _fetch(address, mask, PIECE: tl.constexpr):
     )
 
 
+@triton.jit
+def _stand(rank, tiles, first_tile, P: tl.constexpr, GROUP: tl.constexpr):
+    """``(row, first row of its group, rows of the group)`` of a slot: the ``rank``-th of an expert with so many row
+    tiles, the first of which is ``first_tile``."""
+    size = tiles_of_group(tiles, GROUP)
+    group = rank // P // size
+    return first_tile * P + rank, (first_tile + group * size) * P, tl.minimum(size, tiles - group * size) * P
+
+
 @triton.jit(
     do_not_specialize=[
         "S",
@@ -240,8 +249,9 @@ def _route_and_scatter(
     SOURCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCKS: tl.constexpr, FETCH: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program for each slot. All find all rows, by comparing slots with each other; the first writes them down. With
-    ``FETCH`` there are programs beyond the slots, which fetch weights, and launches overlap."""
+    """A program for each slot, one that writes the tables, and with ``FETCH`` more, which fetch weights while launches
+    overlap. All compare slots with each other: of an expert's slots, every P-th begins a row tile, and every
+    P * GROUP-th stands for a row group, so that sums over the slots of lower experts tell where an expert begins."""
     if FETCH:
         # The next launch waits for this one before it reads anything, and this one for the one before it.
         tl.extra.cuda.gdc_launch_dependents()
@@ -252,66 +262,64 @@ def _route_and_scatter(
     slot = tl.arange(0, SLOTS)
     local = local_expert_ids(ids, expert_map, num_valid, slot, S, E, START, MAP_SIZE, HAS_VALID, TOP_K, HAS_MAP)
     served = local >= 0
+    # Along the second dimension a slot, along the first those that it is compared with.
     same = (local[:, None] == local[None, :]) & served[None, :]
-    # Of each slot along the second dimension: how many its expert has, and how many of them come before it.
-    count = tl.sum(same.to(tl.int32), 0)
     rank = tl.sum((same & (slot[:, None] < slot[None, :])).to(tl.int32), 0)
-    tiles = (count + P - 1) // P
-    # The same along the first dimension, then sums over the experts of lower number, each told by its first slot.
-    count_of = tl.sum(same.to(tl.int32), 1)
-    first_of = (count_of > 0) & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1) == 0)
-    tiles_of = tl.where(first_of, (count_of + P - 1) // P, 0)
-    groups_of = (tiles_of + GROUP - 1) // GROUP
-    lower = (local[:, None] < local[None, :]) & served[None, :]
-    first_tile = tl.sum(tl.where(lower, tiles_of[:, None], 0), 0)
-    first_group = tl.sum(tl.where(lower, groups_of[:, None], 0), 0)
-    size = tiles_of_group(tiles, GROUP)
-    row = first_tile * P + rank
-    group = rank // P // size
-    start = (first_tile + group * size) * P
-    rows = tl.minimum(size, tiles - group * size) * P
+    opens_tile = served & (rank % P == 0)
+    opens_group = served & (rank % (P * GROUP) == 0)
 
-    if FETCH and mine >= S:
-        at, fetched = _first_weights(
-            mine - S, first_group + group, local, served & (rank % (size * P) == 0), row_tiles, fetched_tiles, pieces,
-            expert_bytes, run_bytes, PIECE, PIECES, TILES,
-        )  # fmt: skip
-        _fetch(experts.to(tl.int64) + at, fetched, PIECE)
-    if mine == 0:
-        used_tiles, used_groups = tl.sum(tiles_of, 0), tl.sum(groups_of, 0)
-        tl.store(local_ids + slot, local, mask=slot < S)
-        tl.store(slot_row + slot, tl.where(served, row, -1), mask=slot < S)
-        tl.store(row_slot + row, slot, mask=served)
-        tile = first_tile + rank // P
-        head = served & (rank % P == 0)
-        tl.store(tile_expert + tile, local, mask=head)
-        tl.store(tile_start + tile, start, mask=head)
-        tl.store(tile_rows + tile, rows, mask=head)
-        head = served & (rank % (size * P) == 0)
-        tl.store(group_row + first_group + group, start, mask=head)
-        tl.store(group_expert + first_group + group, local, mask=head)
-        # Padding behind each expert's last slot, then what lies beyond the last expert.
-        last = served & (rank == count - 1)
-        pad = row[:, None] + 1 + tl.arange(0, P)[None, :]
-        end = ((first_tile + tiles) * P)[:, None]
-        tl.store(row_slot + pad, tl.full((SLOTS, P), -1, tl.int32), mask=last[:, None] & (pad < end))
-        for begin in range(used_tiles * P, num_rows, 128):
-            unused = begin + tl.arange(0, 128)
-            tl.store(row_slot + unused, tl.full((128,), -1, tl.int32), mask=unused < num_rows)
-        for begin in range(used_tiles, num_row_tiles, 128):
-            unused = begin + tl.arange(0, 128)
-            tl.store(tile_expert + unused, tl.full((128,), -1, tl.int32), mask=unused < num_row_tiles)
-        tl.store(num_tiles, used_tiles)
-        tl.store(num_groups, used_groups)
-        tl.store(group_row + used_groups, used_tiles * P)
-        tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
-
-    expert = _of_slot(local, slot, mine)
-    if (mine < S) & (expert >= 0):
-        _put_row(
-            pairs, here, weights, scale, token, _of_slot(row, slot, mine), _of_slot(start, slot, mine),
-            _of_slot(rows, slot, mine), expert, image, row_scale, K, SOURCE, HAS_WEIGHT, BLOCKS,
-        )  # fmt: skip
+    if mine < S:
+        expert = _of_slot(local, slot, mine)
+        if expert >= 0:
+            tiles = (tl.sum((local == expert).to(tl.int32), 0) + P - 1) // P
+            first_tile = tl.sum((opens_tile & (local < expert)).to(tl.int32), 0)
+            row, start, rows = _stand(_of_slot(rank, slot, mine), tiles, first_tile, P, GROUP)
+            _put_row(
+                pairs, here, weights, scale, token, row, start, rows, expert, image, row_scale, K, SOURCE, HAS_WEIGHT,
+                BLOCKS,
+            )  # fmt: skip
+    else:
+        # The same for all slots at once.
+        count = tl.sum(same.to(tl.int32), 0)
+        tiles = (count + P - 1) // P
+        lower = local[:, None] < local[None, :]
+        first_group = tl.sum((lower & opens_group[:, None]).to(tl.int32), 0)
+        size = tiles_of_group(tiles, GROUP)
+        group = first_group + rank // P // size
+        head = served & (rank % (size * P) == 0)  # where a row group begins
+        if mine == S:
+            first_tile = tl.sum((lower & opens_tile[:, None]).to(tl.int32), 0)
+            row, start, rows = _stand(rank, tiles, first_tile, P, GROUP)
+            used_tiles, used_groups = tl.sum(opens_tile.to(tl.int32), 0), tl.sum(opens_group.to(tl.int32), 0)
+            tl.store(local_ids + slot, local, mask=slot < S)
+            tl.store(slot_row + slot, tl.where(served, row, -1), mask=slot < S)
+            tl.store(row_slot + row, slot, mask=served)
+            tile = first_tile + rank // P
+            tl.store(tile_expert + tile, local, mask=opens_tile)
+            tl.store(tile_start + tile, start, mask=opens_tile)
+            tl.store(tile_rows + tile, rows, mask=opens_tile)
+            tl.store(group_row + group, start, mask=head)
+            tl.store(group_expert + group, local, mask=head)
+            # Padding in each tile, by the slot that opens it (slots with rows write theirs), then what lies beyond.
+            pad = tile[:, None] * P + tl.arange(0, P)[None, :]
+            empty = opens_tile[:, None] & (rank[:, None] + tl.arange(0, P)[None, :] >= count[:, None])
+            tl.store(row_slot + pad, tl.full((SLOTS, P), -1, tl.int32), mask=empty)
+            for begin in range(used_tiles * P, num_rows, 128):
+                unused = begin + tl.arange(0, 128)
+                tl.store(row_slot + unused, tl.full((128,), -1, tl.int32), mask=unused < num_rows)
+            for begin in range(used_tiles, num_row_tiles, 128):
+                unused = begin + tl.arange(0, 128)
+                tl.store(tile_expert + unused, tl.full((128,), -1, tl.int32), mask=unused < num_row_tiles)
+            tl.store(num_tiles, used_tiles)
+            tl.store(num_groups, used_groups)
+            tl.store(group_row + used_groups, used_tiles * P)
+            tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+        elif FETCH:
+            at, fetched = _first_weights(
+                mine - S - 1, group, local, head, row_tiles, fetched_tiles, pieces, expert_bytes, run_bytes, PIECE,
+                PIECES, TILES,
+            )  # fmt: skip
+            _fetch(experts.to(tl.int64) + at, fetched, PIECE)
 
 
 @triton.jit
@@ -491,7 +499,7 @@ def route_and_scatter(
     run_bytes = k // 128 * BLOCK_BYTES
     pieces = min(_PIECES, run_bytes // _PIECE, _FETCHED_PIECES // max(fetched, 1))
     tiles_of_program = 4  # a lane for each piece
-    _route_and_scatter[(slots + triton.cdiv(fetched, tiles_of_program),)](
+    _route_and_scatter[(slots + 1 + triton.cdiv(fetched, tiles_of_program),)](
         *ids, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles, *groups.tables, x,
         weights if weights is not None else row_scale, scale if scale is not None else row_scale, image, row_scale,
         experts if experts is not None else row_scale, *sizes, tiles.row_slot.shape[0], tiles.tile_expert.shape[0],
