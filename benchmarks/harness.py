@@ -8,6 +8,7 @@ that holds one layer.
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -150,14 +151,19 @@ def proof(captured: Captured, calls: Sequence[Call], weights: Weights, limit: fl
 def interleaved(
     graphs: Mapping[str, Graph], layers: int, most: int = REPLAYS[1]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Median microseconds of one layer for each contender, and how many replays that is of; they take turns."""
+    """Median microseconds of one layer for each contender, and how many replays that is of; they take turns.
+
+    In an order of its own each time: a chip at its power limit is faster for a while behind one that draws less.
+    """
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     first = {name: (elapsed_us(graph), elapsed_us(graph))[1] for name, graph in graphs.items()}
     replays = {name: max(min(REPLAYS[0], most), min(most, int(REPLAY_US / us))) for name, us in first.items()}
+    order, names = random.Random(0), list(graphs)
     for turn in range(max(replays.values(), default=0)):
-        for name, graph in graphs.items():
+        order.shuffle(names)
+        for name in names:
             if turn < replays[name]:
-                samples[name].append(elapsed_us(graph) / layers)
+                samples[name].append(elapsed_us(graphs[name]) / layers)
     return {name: round(statistics.median(times), 2) for name, times in samples.items()}, replays
 
 

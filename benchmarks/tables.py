@@ -170,6 +170,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:cpu_layer_1_thread": ("cpu_layer_1_thread.json", cpu_layer_table),
     "bench:h200_v4_flash": ("h200_v4_flash.json", gpu_layer_table),
     "bench:h200_v4_flash_hopper": ("h200_v4_flash_hopper.json", gpu_layer_table),
+    "bench:h200_v4_pro_hopper": ("h200_v4_pro_hopper.json", gpu_layer_table),
     "bench:h200_vllm_layers": ("h200_vllm_layers.json", vllm_layers_table),
     "bench:convert": ("convert.json", convert_table),
     "demo": ("demo.json", demo_table),

@@ -71,8 +71,8 @@ TILINGS = (
     Tiling(30, 8, (24, 32), (4, 1, 7, 1), (4, 1, 7, 1)),
     Tiling(60, 8, (64,), (4, 1, 5, 1), (4, 1, 5, 1)),
     Tiling(110, 16, (96, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
-    Tiling(144, 8, (96, 128, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1)),
-    # The narrow one is for experts with few rows, under skewed routing.
+    # The narrow ones of these two are for experts with few rows, under skewed routing.
+    Tiling(144, 8, (64, 128, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1)),
     Tiling(float("inf"), 8, (96, 184, 208, 240), (2, 1, 3, 1), (2, 1, 3, 1)),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,21 @@ def test_replays_of_slow_graphs(on_cpu, monkeypatch):
     us, replays = harness.interleaved(graphs, 4)
     assert us == {"fast": 25.0, "slow": 1e5, "slowest": 1.25e6}
     assert replays == {"fast": 9, "slow": 3, "slowest": 3}
+
+
+def test_everyone_is_measured_behind_everyone(on_cpu, monkeypatch):
+    """Nobody owes a time to the contender that always comes before: each comes behind each other one."""
+    import harness
+
+    seen: list[str] = []
+    monkeypatch.setattr(harness, "elapsed_us", lambda graph: seen.append(graph.name) or 1.0)
+    names = ("a", "b", "c")
+    harness.interleaved({name: SimpleNamespace(name=name) for name in names}, 1)
+    turns = [seen[i : i + 3] for i in range(6, len(seen), 3)]  # behind two replays of each, to warm up
+    assert len(turns) == 9
+    assert all(sorted(turn) == list(names) for turn in turns)
+    pairs = {pair for turn in turns for pair in pairwise(turn)}
+    assert pairs == {(one, other) for one in names for other in names if one != other}
 
 
 def test_reasons_for_skipping(setup, tmp_path):
