@@ -23,7 +23,7 @@ from dsv4.config import RouteWeight
 from dsv4.kernels.hopper.cache import ARCH, CACHE
 
 TEST_SIZES = ((640, 384), (384, 256), (256, 128), (128, 128), (256, 256), (512, 256), (256, 512), (128, 256))
-"""``(hidden, intermediate)`` of the layers in ``tests/``; how many experts they have changes no kernel."""
+"""``(hidden, intermediate)`` of the layers in ``tests/``. Layers of two experts have the kernels of those of more."""
 
 FORMATS: tuple[dict[str, Any], ...] = (
     {"activation_format": "bf16"},

@@ -1,7 +1,7 @@
 """The Hopper backend: grouped GEMMs in CuTe DSL (:mod:`dsv4.kernels.hopper`), the stages around them in Triton.
 
-Rows live in *images*, in the order of the tile map, from the gather to GEMM 2; routing and combine are the portable
-backend's, as is everything that only chooses scales.
+Rows live in *images*, in the order of the tile map, from the gather to GEMM 2; combine, and routing but of the smallest
+calls, are the portable backend's, as is everything that only chooses scales.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class HopperBackend(PortableBackend):
             if missing:
                 return Verdict(
                     False,
-                    f"nvidia-cutlass-dsl is not installed, and {missing} of the {len(needed)} kernels of the layer and "
-                    f"of the self-check are not in {CACHE.folder()}",
+                    f"no recent nvidia-cutlass-dsl is installed, and {missing} of the {len(needed)} kernels of the "
+                    f"layer and of the self-check are not in {CACHE.folder()}",
                 )
         return Verdict(True, "CuTe DSL, weights decoded in registers for wgmma")
 
@@ -375,7 +375,7 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
         for shape in (*(_one_wave(_requantizes(config)) if few else ()), line.gemm1):
             gemm1 = _gemm1_config(config, replace(line, gemm1=shape))
             firsts = [gemm1]
-            if config.quantizes_activations and config.activation_scale in ("static", "calibrated"):
+            if config.quantizes_activations:
                 firsts.append(_unquantized_gemm1(config, replace(line, gemm1=shape)))  # what calibration observes
             if fewest < FEW_SLOTS:
                 firsts += [replace(first, follows_routing=True) for first in firsts]

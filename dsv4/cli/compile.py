@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def compile_kernels(
     shape: Annotated[str, typer.Option(help=f"Layer shape: {', '.join(SHAPES)}.")] = "v4-flash",
     arch: Annotated[str, typer.Option(help="Architecture to compile for.")] = "sm_90a",
+    experts: Annotated[int | None, typer.Option(help="Local experts of a rank; by default all of the model's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile a model's kernels into the cache ($DSV4_CACHE_DIR), with no GPU.
@@ -35,7 +37,8 @@ def compile_kernels(
     if shape not in SHAPES:
         raise ConfigError(f"--shape {shape}: no such shape, expected {', '.join(SHAPES)}")
     start = time.perf_counter()
-    cache, needed = (_hopper if arch == ARCH else _blackwell)(SHAPES[shape])
+    layer = SHAPES[shape] if experts is None else replace(SHAPES[shape], num_experts=experts)
+    cache, needed = (_hopper if arch == ARCH else _blackwell)(layer)
     missing = [kernel for kernel in needed if cache.lookup(kernel, arch) is None]
     for kernel in missing:
         cache.load(kernel, arch)

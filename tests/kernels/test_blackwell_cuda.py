@@ -182,7 +182,10 @@ def test_the_self_check_passes(monkeypatch, tmp_path):
     """The whole backend agrees with the reference: routing, staging, both GEMMs, requantization, combine; and a
     backend whose weights are one row off does not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # One warp for a tensor core: small matrices, and no more calls than needed.
+    monkeypatch.setattr(proof, "_SIZE", 256)
     monkeypatch.setattr(proof, "_TOKENS", (1, 48, 384))
+    monkeypatch.setattr(EmulatedBackend, "budgets", lambda self: ())
     verdict = proof._check(EmulatedBackend, CUDA)
     assert verdict.usable, verdict.reason
 

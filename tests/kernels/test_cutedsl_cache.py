@@ -143,6 +143,16 @@ def test_the_key_names_all_that_a_kernel_depends_on(store, monkeypatch):
         assert store.lookup(ONE, ARCH) == BUILT
 
 
+@pytest.mark.parametrize(
+    ("installed", "used"), [("4.8.1", True), ("4.10.0", True), ("5.0.0.dev0", True), ("4.8.0", False), ("4.5.2", False)]
+)
+def test_an_old_dsl_is_as_good_as_none(installed, used, monkeypatch):
+    """Kernels are not compiled by one that they were not written for; those of a cache are used."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "version", lambda name: installed)
+    assert cache.dsl_version() == (installed if used else None)
+
+
 def test_which_kernels_are_missing(store, monkeypatch, tmp_path):
     """Those without a file of the installed version, or of any where none is; all, where there is no folder."""
     kernels = [ONE, OTHER]

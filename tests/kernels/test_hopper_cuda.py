@@ -11,9 +11,9 @@ import torch
 from layer_cases import BAR, MODES, build, inputs, largest_call, on, poisoned
 from oracle import OracleWeights, nearest_reference, random_weights, relative_l2
 
-from dsv4.backends import proof
+from dsv4.backends import hopper, proof
 from dsv4.backends.base import Verdict
-from dsv4.backends.hopper import TILINGS, _gemm1_config, _gemm2_config
+from dsv4.backends.hopper import ONE_WAVE, TILINGS, _gemm1_config, _gemm2_config
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
 
@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 H, INTER, K = 384, 256, 2  # K blocks of GEMM 1 in ones, of GEMM 2 in twos
+LONG = 1536  # more K blocks than any pipeline holds
 SCALES: dict[str, Any] = {"l1_input_scale": 0.002, "l2_input_scale": 0.01}
 EVERY_MODE: dict[str, dict[str, Any]] = MODES | {
     "w4a4-calibrated": {"activation_format": "nvfp4", "activation_scale": "calibrated"},
@@ -121,6 +122,64 @@ def test_sanitize(line, mode):
     out = poisoned(tokens, 256, target()[1])
     moe.run(*on(target()[1], *inputs(tokens, 256, top_k, experts)), out=out)
     assert out.isfinite().all()
+
+
+@pytest.mark.usefixtures("no_self_check")
+@pytest.mark.parametrize(("hidden", "inter"), [(LONG, 128), (128, LONG)])
+@LINES
+def test_sanitize_long_k(line, hidden, inter):
+    """One expert, few tiles, and a K for which each pipeline is filled more than once, in either product."""
+    tokens = largest_call(TILINGS, line, 1)[0] // 8
+    weights = random_weights(1, hidden, inter, seed=1)
+    moe = build(target(), weights, top_k=1, max_num_tokens=max(tokens, 1), **SCALES, **MODES["w4a4-static"])
+    out = poisoned(max(tokens, 1), hidden, target()[1])
+    moe.run(*on(target()[1], *inputs(max(tokens, 1), hidden, 1, 1)), out=out)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+@pytest.mark.parametrize("shape", ONE_WAVE, ids=str)
+def test_every_shape_for_few_tiles_matches_the_oracle(shape, mode, monkeypatch):
+    """Each shape that a small call may take, routed in one launch and in two, with a K longer than its pipeline."""
+    monkeypatch.setattr(hopper, "ONE_WAVE", (shape,))
+    monkeypatch.setattr(hopper.HopperBackend, "_at_once", lambda self, shape: 1 << 20)
+    weights = random_weights(8, LONG, LONG, seed=1)
+    moe = build(target(), weights, top_k=K, max_num_tokens=40, swiglu_limit=2.0, **SCALES, **MODES[mode])
+    for tokens in (1, 7, 40):
+        x, w, ids = inputs(tokens, LONG, K, 8, seed=tokens)
+        out = poisoned(tokens, LONG, target()[1])
+        moe.run(*on(target()[1], x, w, ids), out=out)
+        want = nearest_reference(out.cpu(), x, w, ids, weights, **SCALES, **MODES[mode], swiglu_limit=2.0)
+        assert relative_l2(out.cpu(), want) <= BAR
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_layers_behind_one_another(mode):
+    """A graph of calls of few slots on one workspace, each launched before the one before has ended, gives the bits of
+    calls that wait for each other, with fresh inputs and routings in every replay."""
+    moe = build(
+        target(), random_weights(16, H, INTER, seed=1), top_k=K, max_num_tokens=32, swiglu_limit=2.0, **SCALES,
+        **MODES[mode],
+    )  # fmt: skip
+    sizes = (1, 2, 10, 1, 32, 8, 1)
+    calls = [on(target()[1], *inputs(tokens, H, K, 16, seed=i)) for i, tokens in enumerate(sizes)]
+    outs = [poisoned(tokens, H, target()[1]) for tokens in sizes]
+    moe.warmup()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call, out in zip(calls, outs, strict=True):
+            moe.run(*call, out=out)
+    for replay in range(20):
+        for i, (call, out) in enumerate(zip(calls, outs, strict=True)):
+            for old, new in zip(call, inputs(len(out), H, K, 16, seed=100 * replay + i), strict=True):
+                old.copy_(new)
+            out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        for call, out in zip(calls, outs, strict=True):
+            want = moe.run(*call)
+            torch.cuda.synchronize()
+            assert torch.equal(out, want), replay
 
 
 @pytest.mark.parametrize("gated", [False, True])

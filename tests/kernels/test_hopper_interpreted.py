@@ -232,15 +232,14 @@ def check_fetching() -> None:
 
     stages._fetch, before = fetch, stages._fetch
     tl.extra.cuda.gdc_launch_dependents = tl.extra.cuda.gdc_wait = lambda **_: None
-    k, experts = 256, 9
+    k, experts = 2048, 9
+    run_bytes = k // 128 * BLOCK_BYTES
     try:
-        for seed, (tokens, top_k, row_tiles, pieces) in enumerate(
-            ((1, 3, 6, 8), (4, 4, 4, 8), (10, 6, 30, 8), (16, 4, 2, 8))
-        ):
+        for seed, (tokens, top_k, row_tiles) in enumerate(((1, 3, 6), (4, 4, 4), (10, 6, 30), (16, 4, 2))):
             generator = torch.Generator().manual_seed(seed)
             ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
             x = torch.randn(tokens, k, generator=generator).bfloat16()
-            weights = torch.zeros(experts, row_tiles * 2 * BLOCK_BYTES + 64, dtype=torch.uint8)
+            weights = torch.zeros(experts, row_tiles * run_bytes + 64, dtype=torch.uint8)
             want = expected(ids.flatten().tolist(), experts, 8, 16)
             asked.clear()
             images = []
@@ -255,11 +254,12 @@ def check_fetching() -> None:
                 images.append(image)
             assert torch.equal(*images)
             tiles = [
-                weights.data_ptr() + expert * weights.stride(0) + tile * 2 * BLOCK_BYTES
+                weights.data_ptr() + expert * weights.stride(0) + tile * run_bytes
                 for expert in want.group_expert
                 for tile in range(row_tiles)
             ]
-            first = tiles[: min(768, tokens * top_k * row_tiles)]
+            number = min(768, tokens * top_k * row_tiles)
+            first, pieces = tiles[:number], min(32, 12288 // number)
             assert sorted(asked) == sorted((at + 1152 * piece, 1152) for at in first for piece in range(pieces))
     finally:
         stages._fetch = before

@@ -161,18 +161,45 @@ def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
         assert ("UBLKPF" in instructions) == (stage.kernel.__name__ == "_route_and_scatter")  # it fetches to L2
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78, 16])
 @pytest.mark.parametrize("config", configurations(), ids=lambda c: f"{c.activation_format}-{c.activation_scale}")
-def test_the_proof_reaches_every_shape(config):
-    """The calls of the self-check launch programs of every shape there is for calls of few tiles, in both products; and
-    what any call launches is compiled ahead of time."""
-    backend, known = HopperBackend(config, torch.device("cpu")), set(kernels(config))
-    lines = [backend._line(tokens) for tokens in proof._TOKENS]
-    even = {shape for shape in hopper.ONE_WAVE if shape[0] % 2 == 0}
-    requantizes = config.quantizes_activations and config.activation_scale == "static"
-    assert {line.gemm1 for line in lines} >= (even if requantizes else {*hopper.ONE_WAVE})
-    assert {line.gemm2 for line in lines} >= {*hopper.ONE_WAVE}
-    for line in lines:
-        assert {hopper._gemm1_config(config, line), hopper._gemm2_config(config, line)} <= known
+def test_the_proof_reaches_every_shape(config, multiprocessors, monkeypatch):
+    """The calls of the self-check launch programs of every shape that any call launches, in both products, on chips and
+    parts of chips of any size; and each of their pipelines is filled more than once."""
+    properties = SimpleNamespace(multi_processor_count=multiprocessors, major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    backend = HopperBackend(config, torch.device("cpu"))
+    asked, every = ({backend._line(tokens) for tokens in some} for some in (
+        {*proof._TOKENS, *backend.budgets()}, range(1, config.max_num_tokens + 1)
+    ))  # fmt: skip
+    for product in (hopper._gemm1_config, hopper._gemm2_config):
+        shapes = {product(config, line) for line in every}
+        assert {product(config, line) for line in asked} == shapes
+        assert all(shape.blocks * shape.stages < proof._SIZE // 128 for shape in shapes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("experts", [2, 96])
+def test_what_is_launched_is_compiled_ahead(experts, mode):
+    """Every call of any number of tokens, and of calibration, launches kernels that :func:`kernels` names."""
+    most, cpu = 300, torch.device("cpu")
+    settings = {"top_k": K} | MODES[mode]
+    config = MoEConfig(experts, 256, 384, max_num_tokens=most, **settings)
+    known = {repr(kernel) for kernel in kernels(config)}
+    backend = HopperBackend(config, cpu)
+    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
+    packed = Packed.empty(experts, backend._expert_bytes, cpu)
+    fixed = config.quantizes_activations and config.activation_scale == "static"
+    scales = InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None
+    for tokens in (*backend.budgets(), most):
+        x, ids = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, config.top_k, dtype=torch.int64)
+        call = Call(x, torch.zeros(tokens, config.top_k), ids, input_scales=scales)
+        driver = FakeDriver(launch.GEMM_SIGNATURE)
+        with recorded(), installed(driver, launch.gemm_kernel):
+            backend.run(packed, call, scratch, x)
+            if config.quantizes_activations:
+                backend._activated_amax(packed, call, backend._plan.views(scratch))
+        assert {found.cubin.decode() for found in driver.launches} <= known, tokens
 
 
 def test_few_tiles_run_at_once():
@@ -191,14 +218,15 @@ def test_few_tiles_run_at_once():
 
 def test_without_the_dsl_it_declines_unless_every_kernel_is_cached(monkeypatch):
     """Those of the layer and those of the self-check: one that is missing, whichever, is found before weights are
-    packed, and ``auto`` goes on to the next backend."""
+    packed. With the DSL nobody looks."""
     config, cuda = MoEConfig(8, 256, 128, activation_format="bf16", batch_invariant=True), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     asked: list[HopperConfig] = []
+    monkeypatch.setattr(hopper, "dsl_version", lambda: "4.8.1")
     monkeypatch.setattr(KernelCache, "missing", lambda self, needed, arch: asked.extend(needed) or [])
     assert HopperBackend.explain(config, cuda).usable
-    assert not asked  # the DSL is installed here
+    assert not asked
     monkeypatch.setattr(hopper, "dsl_version", lambda: None)
     assert HopperBackend.explain(config, cuda).usable
     assert {*kernels(config), *(kernel for check in configurations() for kernel in kernels(check))} == {*asked}

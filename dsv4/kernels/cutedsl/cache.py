@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from typing import Any
 from dsv4.errors import BackendError
 
 _DIGEST = 32
+_OLDEST = (4, 8, 1)
+"""The DSL that the kernels are written for. Others pin older ones (vLLM does), which would compile them unproven."""
 
 
 def dsl_version() -> str | None:
-    """Of the installed CuTe DSL, without importing it."""
+    """Of the installed CuTe DSL, without importing it; None if there is none, or one that is too old."""
     try:
-        return version("nvidia-cutlass-dsl")
+        found = version("nvidia-cutlass-dsl")
     except PackageNotFoundError:
         return None
+    return found if tuple(int(n) for n in re.findall(r"\d+", found)[:3]) >= _OLDEST else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class KernelCache:
         installed = dsl_version()
         if installed is None:
             raise BackendError(
-                f"no {arch} kernel for {config} in {self.folder()} and nvidia-cutlass-dsl is not installed: "
+                f"no {arch} kernel for {config} in {self.folder()} and no nvidia-cutlass-dsl from "
+                f"{'.'.join(map(str, _OLDEST))} on is installed: "
                 "pip install 'dsv4[cuda]', or set DSV4_CACHE_DIR to a cache compiled elsewhere"
             )
         cubin, entry = self.compiler(config, arch)
