@@ -135,6 +135,7 @@ def make_layer(backend, E, L, H, I, topk, limit, device):
     class Kernel:
         pass
 
+    layer.parameters = lambda: (value for value in list(vars(layer).values()) if isinstance(value, torch.Tensor))
     layer.quant_method = SimpleNamespace(process_weights_after_loading=process, experts_cls=Kernel)
     if backend == "auto" and PLUGIN is not None:
         layer.quant_method.nvfp4_moe = SimpleNamespace(backend_name=PLUGIN)
@@ -153,6 +154,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "vllm_boot.py").write_text("")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: 0)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     yield tmp_path
