@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsv4.backends.base import Call, Packed, Verdict, packing_parts
 from dsv4.backends.portable import PortableBackend
+from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.blackwell.config import BlackwellConfig, chosen, padded_scale_columns
 from dsv4.kernels.blackwell.launch import ARCH_OF, Operands, Requantized, gemm_kernel, grouped_gemm, stored
@@ -106,10 +107,14 @@ class BlackwellBackend(PortableBackend):
         declined = declines(config)
         if declined is not None:
             return Verdict(False, declined)
-        if dsl_version() is None and any(stored(k, capability) is None for k in kernels(config)):
-            return Verdict(
-                False, "nvidia-cutlass-dsl is not installed and the kernel cache lacks kernels of this layer"
-            )
+        if dsl_version() is None:
+            layers = [layer for layer in (config, *configurations()) if declines(layer) is None]
+            if any(stored(kernel, capability) is None for layer in layers for kernel in kernels(layer)):
+                return Verdict(
+                    False,
+                    "no recent nvidia-cutlass-dsl is installed, and the kernel cache lacks kernels of this layer or of "
+                    "the self-check",
+                )
         return Verdict(True, "CuTe DSL, NVFP4 tensor cores")
 
     @classmethod

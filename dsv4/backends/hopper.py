@@ -203,11 +203,7 @@ class HopperBackend(PortableBackend):
 
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
-        waves = (
-            self._at_once(shape) / row_tiles
-            for shape in ONE_WAVE
-            for row_tiles in (2 * cfg.intermediate_size // 64, cfg.hidden_size // 64)
-        )
+        waves = (self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg))
         lines = (t.rows_per_expert * cfg.num_experts for t in TILINGS)
         return (*lines, *waves, FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
 
@@ -217,13 +213,15 @@ class HopperBackend(PortableBackend):
         line = next(t for t in TILINGS if slots / self.config.num_experts <= t.rows_per_expert)
         if line is not TILINGS[0]:
             return line
-        shapes = []
-        for row_tiles, even, otherwise in (
-            (2 * self.config.intermediate_size // 64, _requantizes(self.config), line.gemm1),
-            (self.config.hidden_size // 64, False, line.gemm2),
-        ):
-            fitting = (shape for shape in _one_wave(even) if slots * row_tiles <= self._at_once(shape))
-            shapes.append(next(fitting, otherwise))
+        shapes = [
+            next((shape for shape in few if slots * row_tiles <= self._at_once(shape)), otherwise)
+            for few, row_tiles, otherwise in zip(
+                (_one_wave(_requantizes(self.config)), ONE_WAVE),
+                _row_tiles(self.config),
+                (line.gemm1, line.gemm2),
+                strict=True,
+            )
+        ]
         return replace(line, gemm1=shapes[0], gemm2=shapes[1])
 
     def _at_once(self, shape: tuple[int, int, int, int]) -> int:
@@ -278,7 +276,7 @@ class HopperBackend(PortableBackend):
                 call.topk_ids, x, tables, image, row_scale, cfg.num_experts, tiling.unit, source=source, scale=scale,
                 weights=input_weights, start=cfg.experts_start_idx, expert_map=call.expert_map,
                 num_valid_tokens=call.num_valid_tokens, experts=packed.experts,
-                row_tiles=2 * cfg.intermediate_size // 64,
+                row_tiles=_row_tiles(cfg)[0],
             )  # fmt: skip
         else:
             self._fill(tables, call, tiling.unit)
@@ -329,6 +327,11 @@ class HopperBackend(PortableBackend):
 def _requantizes(config: MoEConfig) -> bool:
     """Whether GEMM 1 quantizes its result: all scales of GEMM 2's operand are known before."""
     return config.quantizes_activations and config.activation_scale in ("static", "calibrated")
+
+
+def _row_tiles(config: MoEConfig) -> tuple[int, int]:
+    """64s of rows of an expert's two matrices."""
+    return 2 * config.intermediate_size // 64, config.hidden_size // 64
 
 
 def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
