@@ -21,7 +21,10 @@ CACHE = KernelCache(
     "blackwell",
     (
         *(_HERE / name for name in ("config.py", "grouped_gemm.py", "loads.py", "results.py")),
-        *(_HERE.parent / "cutedsl" / name for name in ("epilogue.py", "ptx.py", "schedule.py", "sizes.py")),
+        *(
+            _HERE.parent / "cutedsl" / name
+            for name in ("compiler.py", "epilogue.py", "ptx.py", "schedule.py", "sizes.py")
+        ),
     ),
     _compile,
 )

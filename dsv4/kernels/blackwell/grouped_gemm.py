@@ -17,9 +17,6 @@ the first one issues instructions for both, and its barriers count both CTAs' by
 
 from __future__ import annotations
 
-import re
-from tempfile import TemporaryDirectory
-
 import cutlass
 from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
@@ -29,7 +26,7 @@ from dsv4.errors import ConfigError
 from dsv4.kernels.blackwell.config import EPILOGUE_WARPS, THREADS, TMEM_COLUMNS, BlackwellConfig
 from dsv4.kernels.blackwell.loads import Loads
 from dsv4.kernels.blackwell.results import Results
-from dsv4.kernels.cutedsl import ptx, schedule
+from dsv4.kernels.cutedsl import compiler, ptx, schedule
 
 _MMA_WARP, _LOAD_WARP = EPILOGUE_WARPS, EPILOGUE_WARPS + 1
 
@@ -305,10 +302,4 @@ def compile_kernel(config: BlackwellConfig, arch: str) -> tuple[bytes, str]:
 
 def compile_class(kernel: GroupedGemm, arch: str) -> tuple[bytes, str, str]:
     """Cubin, entry name and PTX of an instance."""
-    with TemporaryDirectory() as folder:
-        options = f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
-        compiled = cute.compile(kernel, *sample_arguments(kernel.config), options=options)
-        text = str(compiled.artifacts.PTX)
-        entry = re.search(r"\.entry (\w+)\(", text)
-        assert entry is not None
-        return compiled.artifacts.CUBIN, entry[1], text
+    return compiler.compile_kernel(kernel, sample_arguments(kernel.config), arch)

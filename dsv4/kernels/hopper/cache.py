@@ -24,7 +24,7 @@ CACHE = KernelCache(
     "hopper",
     (
         *(_HERE / name for name in ("config.py", "grouped_gemm.py", "layout.py")),
-        *(_HERE.parent / "cutedsl" / name for name in ("ptx.py", "epilogue.py")),
+        *(_HERE.parent / "cutedsl" / name for name in ("compiler.py", "ptx.py", "epilogue.py")),
         _HERE.parent / "triton" / "weight_layout.py",
     ),
     _compile,

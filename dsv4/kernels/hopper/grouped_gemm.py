@@ -22,15 +22,12 @@ of K while the tensor cores multiply the 64 before, from two sets of operand reg
 
 from __future__ import annotations
 
-import re
-from tempfile import TemporaryDirectory
-
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
-from dsv4.kernels.cutedsl import ptx
+from dsv4.kernels.cutedsl import compiler, ptx
 from dsv4.kernels.cutedsl.epilogue import block_terms, pair_maxima, quantized_pair, swiglu
 from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES, maxima_place, terms_place
@@ -577,11 +574,5 @@ class GroupedGemm:
 
 def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
-    with TemporaryDirectory() as folder:
-        compiled = cute.compile(
-            GroupedGemm(config), *[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1),
-            options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}",
-        )  # fmt: skip
-        entry = re.search(r"\.entry (\w+)\(", str(compiled.artifacts.PTX))
-        assert entry is not None
-        return compiled.artifacts.CUBIN, entry[1]
+    arguments = (*[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1))
+    return compiler.compile_kernel(GroupedGemm(config), arguments, arch)[:2]
