@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dsv4.cli._machine import storage_bytes
 from dsv4.cli._output import check_writable, dumps, write_text
 
 HIDDEN, INTER, EXPERTS, TOP_K, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 768, 128, 8, 32, 4, 128, 32768
@@ -142,7 +143,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": batches},
     )
     loading = time.monotonic() - started
-    weights = sum(llm.apply_model(_weight_bytes))
+    weights = sum(llm.apply_model(storage_bytes))
     results, first = [], []
     for batch in batches:
         draw = torch.Generator().manual_seed(batch)
@@ -188,12 +189,6 @@ def _experts(model: torch.nn.Module) -> list[str]:
             moe = getattr(module.quant_method, "nvfp4_moe", None)
             found.append(type(kernel.fused_experts).__name__ + (f" ({moe.backend_name})" if moe is not None else ""))
     return found
-
-
-def _weight_bytes(model: torch.nn.Module) -> int:
-    """What the loaded parameters take, each storage once."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    return sum(storages.values())
 
 
 def agreement(one: list[list[list[int]]], other: list[list[list[int]]]) -> float:

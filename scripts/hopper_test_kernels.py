@@ -37,14 +37,7 @@ def layers() -> Iterator[MoEConfig]:
     """Every layer whose kernels are wanted."""
     yield from configurations()
     for shape, form in product(SHAPES.values(), FORMATS):
-        yield MoEConfig(
-            shape.num_experts,
-            shape.hidden_size,
-            shape.intermediate_size,
-            top_k=shape.top_k,
-            swiglu_limit=shape.swiglu_limit,
-            **form,
-        )
+        yield shape.config(**form)
     for (hidden, intermediate), form, limit, place in product(TEST_SIZES, FORMATS, (None, 2.0), PLACES):
         yield MoEConfig(2, hidden, intermediate, top_k=2, swiglu_limit=limit, route_weight=place, **form)
 

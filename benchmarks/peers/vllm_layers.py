@@ -12,7 +12,7 @@ from harness import BF16_TOLERANCE, NVFP4_TOLERANCE, Contender, Outputs
 from reference import BF16, Activations
 
 from dsv4.cli._layer import Call
-from dsv4.cli._machine import versions
+from dsv4.cli._machine import storage_bytes, versions
 from dsv4.integrations.vllm import register
 from dsv4.integrations.vllm.parameters import ACTIVATIONS
 from peers.base import Setup, Unavailable
@@ -151,18 +151,13 @@ def _prepared(layer: Any, device: torch.device) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    loaded = _storage_bytes(layer)
+    loaded = storage_bytes(layer)
     layer.quant_method.process_weights_after_loading(layer)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     kept = loaded + torch.cuda.memory_allocated(device) - before
     figures = {"loaded": loaded, "kept": kept, "peak_above_loaded": peak - before}
     return {f"{name}_gib": round(count / 2**30, 3) for name, count in figures.items()}
-
-
-def _storage_bytes(layer: torch.nn.Module) -> int:
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layer.parameters()}
-    return sum(storages.values())
 
 
 @contextmanager

@@ -97,6 +97,12 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def storage_bytes(module: torch.nn.Module) -> int:
+    """What a module's parameters take, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
+    return sum(storages.values())
+
+
 def torch_device(name: str | None) -> torch.device:
     """The device called ``name``, by default CUDA where there is one.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from dsv4.config import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,17 @@ class LayerShape:
     def flops(self, tokens: int) -> int:
         """Floating-point operations of one call: two for each weight that each of a token's k experts applies."""
         return 2 * tokens * self.top_k * self.expert_parameters
+
+    def config(self, **settings: Any) -> MoEConfig:
+        """A layer of this shape; ``settings`` are further arguments of ``MoEConfig``, or replace the shape's."""
+        sizes = {
+            "num_experts": self.num_experts,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "top_k": self.top_k,
+            "swiglu_limit": self.swiglu_limit,
+        }
+        return MoEConfig(**(sizes | settings))
 
     def __str__(self) -> str:
         return f"{self.num_experts} experts, {self.hidden_size} x {self.intermediate_size}, top-{self.top_k}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4.cli._output import print_json
 from dsv4.cli._shapes import SHAPES, LayerShape
-from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,25 +54,14 @@ def compile_kernels(
         print(f"{len(needed)} kernels in {cache.folder()}, {len(missing)} compiled in {seconds:.1f} s")
 
 
-def _config(layer: LayerShape, **modes: Any) -> MoEConfig:
-    return MoEConfig(
-        layer.num_experts,
-        layer.hidden_size,
-        layer.intermediate_size,
-        top_k=layer.top_k,
-        swiglu_limit=layer.swiglu_limit,
-        **modes,
-    )
-
-
 def _hopper(layer: LayerShape) -> tuple[KernelCache, set[HopperConfig]]:
     """Where kernels are kept, and which a layer and the self-check before it need."""
     from dsv4.backends import proof
     from dsv4.backends.hopper import kernels
     from dsv4.kernels.hopper.cache import CACHE
 
-    layers = [_config(layer, activation_scale=scale) for scale in ("static", "token")]
-    configs = [*proof.configurations(), *layers, _config(layer, activation_format="bf16")]
+    layers = [layer.config(activation_scale=scale) for scale in ("static", "token")]
+    configs = [*proof.configurations(), *layers, layer.config(activation_format="bf16")]
     return CACHE, {kernel for config in configs for kernel in kernels(config)}
 
 
@@ -83,5 +71,5 @@ def _blackwell(layer: LayerShape) -> tuple[KernelCache, set[BlackwellConfig]]:
     from dsv4.backends.blackwell import declines, kernels
     from dsv4.kernels.blackwell.cache import CACHE
 
-    configs = [*proof.configurations(), *(_config(layer, activation_scale=scale) for scale in ("static", "token"))]
+    configs = [*proof.configurations(), *(layer.config(activation_scale=scale) for scale in ("static", "token"))]
     return CACHE, {kernel for config in configs if declines(config) is None for kernel in kernels(config)}

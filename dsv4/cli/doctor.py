@@ -48,18 +48,10 @@ def _layer(name: str, device_name: str) -> dict[str, Any]:
     import torch
 
     from dsv4.backends import choose, explain_all
-    from dsv4.config import MoEConfig
     from dsv4.errors import BackendError
 
     shape, device = SHAPES[name], torch.device(device_name)
-    config = MoEConfig(
-        shape.num_experts,
-        shape.hidden_size,
-        shape.intermediate_size,
-        max_num_tokens=_TOKENS,
-        top_k=shape.top_k,
-        swiglu_limit=shape.swiglu_limit,
-    )
+    config = shape.config(max_num_tokens=_TOKENS)
     verdicts = {
         backend: {"usable": verdict.usable, "reason": verdict.reason}
         for backend, verdict in explain_all(config, device).items()

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 
 from dsv4.backends.blackwell import kernels
 from dsv4.cli._shapes import SHAPES
-from dsv4.config import MoEConfig
 from dsv4.errors import ConfigError
 from dsv4.kernels.blackwell.config import ARCHS, SHARED_BYTES, SUBTILE, THREADS, BlackwellConfig, deepest
 from dsv4.kernels.blackwell.grouped_gemm import GroupedGemm, compile_class, compile_kernel
@@ -39,11 +38,7 @@ def needed() -> list[BlackwellConfig]:
     found: dict[BlackwellConfig, None] = {}
     options = product(("static", "token"), ("output", "before_down"), (None, 10.0), ("v4-flash", "v4-pro"))
     for scale, weight, limit, name in options:
-        shape = SHAPES[name]
-        config = MoEConfig(
-            shape.num_experts, shape.hidden_size, shape.intermediate_size, top_k=shape.top_k, swiglu_limit=limit,
-            activation_scale=scale, route_weight=weight,
-        )  # fmt: skip
+        config = SHAPES[name].config(swiglu_limit=limit, activation_scale=scale, route_weight=weight)
         found |= dict.fromkeys(kernels(config))
     return list(found)
 

@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 
 from dsv4.backends.hopper import TILINGS, kernels
 from dsv4.cli._shapes import SHAPES
-from dsv4.config import MoEConfig
 from dsv4.kernels.hopper.cache import ARCH
 from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
 from dsv4.kernels.hopper.grouped_gemm import compile_kernel
@@ -33,11 +32,9 @@ def needed() -> list[HopperConfig]:
     found: dict[HopperConfig, None] = {}
     options = product(("bf16", "nvfp4"), ("static", "token", "calibrated"), ("output", "before_down"), (None, 10.0))
     for (form, scale, weight, limit), name in product(list(options), ("v4-flash", "v4-pro")):
-        shape = SHAPES[name]
-        config = MoEConfig(
-            shape.num_experts, shape.hidden_size, shape.intermediate_size, top_k=shape.top_k, swiglu_limit=limit,
-            activation_format=form, activation_scale=scale, route_weight=weight,
-        )  # fmt: skip
+        config = SHAPES[name].config(
+            swiglu_limit=limit, activation_format=form, activation_scale=scale, route_weight=weight
+        )
         found |= dict.fromkeys(kernels(config))
     return list(found)
 
