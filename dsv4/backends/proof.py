@@ -171,13 +171,8 @@ def _path(backend: type[Backend], device: torch.device) -> Path:
 def _key(device: torch.device) -> str:
     """A digest of everything that the verdict depends on."""
     properties = torch.cuda.get_device_properties(device)
-    facts = [
-        properties.name,
-        f"{properties.major}.{properties.minor}",
-        str(properties.multi_processor_count),
-        _driver(),
-    ]
-    facts += [torch.__version__, f"DSL {dsl_version()}"]
+    chip = f"{properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors"
+    facts = [properties.name, chip, _driver(), torch.__version__, f"DSL {dsl_version()}"]
     try:
         import triton
 

@@ -53,21 +53,26 @@ def a_gpu_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KernelCache, "load", lambda self, config, arch: (repr(config).encode(), "entry"))
 
 
+def on_paper(config: MoEConfig) -> tuple[HopperBackend, Packed, torch.Tensor, InputScales | None]:
+    """A backend, packed weights, scratch, and input scales where the mode has some."""
+    cpu, experts = torch.device("cpu"), config.num_experts
+    backend = HopperBackend(config, cpu)
+    fixed = config.quantizes_activations and config.activation_scale == "static"
+    scales = InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None
+    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
+    return backend, Packed.empty(experts, backend._expert_bytes, cpu), scratch, scales
+
+
 def launches(tokens: int, experts: int, h: int, i: int, **settings: Any) -> tuple[list[GemmLaunch], list[Launch]]:
     """What one call launches: GEMMs, and kernels of Triton."""
-    cpu, top_k = torch.device("cpu"), settings.pop("top_k", K)
+    top_k = settings.pop("top_k", K)
     config = MoEConfig(experts, h, i, max_num_tokens=max(tokens, 16), top_k=top_k, **settings)
-    backend = HopperBackend(config, cpu)
-    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
-    packed = Packed(
-        torch.zeros(experts, backend._expert_bytes, dtype=torch.uint8), torch.ones(experts, 2), torch.ones(experts)
-    )
-    fixed = config.quantizes_activations and config.activation_scale == "static"
+    backend, packed, scratch, scales = on_paper(config)
     call = Call(
         torch.zeros(tokens, h, dtype=torch.bfloat16),
         torch.zeros(tokens, top_k),
         torch.zeros(tokens, top_k, dtype=torch.int64),
-        input_scales=InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None,
+        input_scales=scales,
     )
     driver = FakeDriver(launch.GEMM_SIGNATURE)
     with recorded() as stages, installed(driver, launch.gemm_kernel):
@@ -182,15 +187,11 @@ def test_the_proof_reaches_every_shape(config, multiprocessors, monkeypatch):
 @pytest.mark.parametrize("experts", [2, 96])
 def test_what_is_launched_is_compiled_ahead(experts, mode):
     """Every call of any number of tokens, and of calibration, launches kernels that :func:`kernels` names."""
-    most, cpu = 300, torch.device("cpu")
+    most = 300
     settings = {"top_k": K} | MODES[mode]
     config = MoEConfig(experts, 256, 384, max_num_tokens=most, **settings)
     known = {repr(kernel) for kernel in kernels(config)}
-    backend = HopperBackend(config, cpu)
-    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
-    packed = Packed.empty(experts, backend._expert_bytes, cpu)
-    fixed = config.quantizes_activations and config.activation_scale == "static"
-    scales = InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if fixed else None
+    backend, packed, scratch, scales = on_paper(config)
     for tokens in (*backend.budgets(), most):
         x, ids = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, config.top_k, dtype=torch.int64)
         call = Call(x, torch.zeros(tokens, config.top_k), ids, input_scales=scales)
@@ -255,12 +256,9 @@ def test_the_pack_kernel_compiles_for_hopper(gated, tmp_path):
 @pytest.mark.parametrize(("experts", "top_k"), [(96, 5), (4, 2)])
 def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k):
     """The budgets that a layer warms up by default launch every variant of every kernel that any call launches."""
-    most, cpu = 700, torch.device("cpu")
+    most = 700
     config = MoEConfig(experts, 128, 128, max_num_tokens=most, top_k=top_k, **MODES[mode])
-    backend = HopperBackend(config, cpu)
-    scratch = torch.zeros(HopperBackend.workspace_bytes(config, cpu), dtype=torch.uint8)
-    packed = Packed.empty(experts, backend._expert_bytes, cpu)
-    scales = InputScales.updated(None, torch.ones(experts), torch.ones(experts)) if mode == "static" else None
+    backend, packed, scratch, scales = on_paper(config)
     whole = [
         torch.zeros(most, n, dtype=d) for n, d in ((128, torch.bfloat16), (top_k, torch.float32), (top_k, torch.int32))
     ]

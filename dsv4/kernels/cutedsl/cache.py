@@ -60,12 +60,12 @@ class KernelCache:
 
     def names(self) -> list[str]:
         """Of the files of the installed DSL's version, or of any version where none is installed."""
-        version = dsl_version()
+        installed = dsl_version()
         try:
             found = os.listdir(self.folder())
         except OSError:
             return []
-        return sorted(name for name in found if name.endswith(f"-{version}.kernel" if version else ".kernel"))
+        return sorted(name for name in found if name.endswith(f"-{installed}.kernel" if installed else ".kernel"))
 
     def missing(self, configs: Iterable[Any], arch: str) -> list[Any]:
         """Those of some configurations for which there is no file; what is in the files is not looked at."""

@@ -359,7 +359,7 @@ def route(
     grouped = groups.tables if groups is not None else (unused,) * 6
     _place[(chunks,)](
         *ids, hist, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
-        *grouped, *sizes, rows, rows // row_tile, chunks, groups.rows // row_tile if groups else 1,
+        *grouped, *sizes, rows, rows // row_tile, chunks, groups.rows // row_tile if groups is not None else 1,
         **flags, HAS_GROUPS=groups is not None, BINS=bins, CHUNK=config.chunk, HAS_HIST=config.count_first,
         BLOCK=config.block, OWN=config.own, P=row_tile,
         PAD_LANES=min(row_tile, 16),
