@@ -23,7 +23,7 @@ from dsv4.config import RouteWeight
 from dsv4.kernels.hopper.cache import ARCH, CACHE
 
 TEST_SIZES = ((640, 384), (384, 256), (256, 128), (128, 128), (256, 256), (512, 256), (256, 512), (128, 256))
-"""``(hidden, intermediate)`` of the layers in ``tests/``. Layers of two experts have the kernels of those of more."""
+"""``(hidden, intermediate)`` of the layers in ``tests/``. A layer of one expert has the kernels of those of more."""
 
 FORMATS: tuple[dict[str, Any], ...] = (
     {"activation_format": "bf16"},
@@ -39,7 +39,7 @@ def layers() -> Iterator[MoEConfig]:
     for shape, form in product(SHAPES.values(), FORMATS):
         yield shape.config(**form)
     for (hidden, intermediate), form, limit, place in product(TEST_SIZES, FORMATS, (None, 2.0), PLACES):
-        yield MoEConfig(2, hidden, intermediate, top_k=2, swiglu_limit=limit, route_weight=place, **form)
+        yield MoEConfig(1, hidden, intermediate, top_k=1, swiglu_limit=limit, route_weight=place, **form)
 
 
 def main() -> None:

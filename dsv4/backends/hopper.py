@@ -44,6 +44,8 @@ class Tiling:
         unit, widths: of :class:`HopperConfig`.
         gemm1: ``(warpgroups, blocks, stages, programs_per_sm)`` of :class:`HopperConfig`.
         gemm2: the same of down.
+        quantizing: widths of a GEMM 1 that quantizes its result, where it has not the registers for ``widths``; the
+            last one is the same.
     """
 
     rows_per_expert: float
@@ -51,29 +53,37 @@ class Tiling:
     widths: tuple[int, ...]
     gemm1: tuple[int, int, int, int]
     gemm2: tuple[int, int, int, int]
+    quantizing: tuple[int, ...] | None = None
 
 
-# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets. A tiling is
-# written as widths: warpgroups, K blocks, stages, programs.
+# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets; from T = 1024 on
+# another one, in a process that replayed nothing but the lines of a row. A tiling is written as widths: warpgroups, K
+# blocks, stages, programs.
 #   T = 8 [142], 64 [639]: 8: 2,2,5,2 168, 732; 2,2,3,3 173, 749; 1,2,4,4 742; 4,1,5,2 755.
 #   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
-#   T = 512 [816]: 16, 24: 2,2,3,2 1079; 4,1,8,1 1129; 24 alone 1139; 8, 16: 1127.
-#   T = 1024 [816]: 24, 32: 4,1,7,1 1265; 2,1,5,2 1340; 32 alone 1319; 16, 24: 1542.
-#   T = 2048 [816]: 64: 4,1,5,1 1745; 2,1,4,2 1864; 48, 64: 2,1,6,1 1875; 48, 64, 80: 1807; 56: 1791; 48: 2080.
-#   T = 4096 [1602]: 96, 112, 128: 2,1,5,1 2544; 64 to 128: 2548; 64: 3306.
-#   T = 8192 [3205]: 184, 200, 216, 256: 2,1,3,1 4466; 192, 208, 224, 256: 4468; 64 to 128 by 16: 2,1,5,1 4802.
-# The line up to 144 is not measured: V4-Pro has 128 rows for an expert at T = 8192, which the last line multiplies as
-# 184, in 13,873 us.
+#   T = 1024 [816]: 24, 32, 40: 4,2,3,1 1185; 24, 32: 4,2,4,1 1204; 4,1,7,1 1257; 16, 24, 32: 4,2,4,1 1215.
+#   T = 2048 [816]: 48, 64: 4,1,5,1 1573; 4,1,6,1 1570; 40, 48, 64: 2,2,3,1 1695.
+#   T = 4096 [1602]: 80 to 112, 128: 2,1,5,1 2405; 80 to 128: 2420; 88 to 112, 128: 2472.
+#   T = 8192 [3205], and under Zipf: 96, 184, 208, 240: 2,1,3,1 4348, 5045; 96, 192, 208, 240: 4315, 5166; 64, 168, 200,
+#     232: 4400, 5203.
+# V4-Pro, likewise:
+#   T = 1024 [3212], 16 rows an expert: 8, 16, 24: 4,2,4,1 4220; 16, 24: 4,2,4,1 4294; 2,2,3,2 4354.
+#   T = 2048 [3212], 32 rows: 32, 48: 4,2,3,1 4974; 32, 40: 4,2,3,1 5048; 4,1,7,1 5327.
+#   T = 4096 [4206], 64 rows: 48 to 80: 2,2,3,1 7162; 56 to 80: 2,2,3,1 7247; 2,1,6,1 7374.
+#   T = 8192 [8412], 128 rows, and under Zipf: 64, 112 to 144, 160: 2,1,4,1 11097, 14059; 64, 112, 128, 144, 160: 11412,
+#     13770; 48, 80, 112, 128, 144, 160: 11475, 13567.
 TILINGS = (
     Tiling(4, 8, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
     Tiling(9, 8, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
-    Tiling(16, 8, (16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
-    Tiling(30, 8, (24, 32), (4, 1, 7, 1), (4, 1, 7, 1)),
-    Tiling(60, 8, (64,), (4, 1, 5, 1), (4, 1, 5, 1)),
-    Tiling(110, 16, (96, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
+    Tiling(16, 8, (8, 16, 24), (4, 2, 4, 1), (4, 2, 4, 1)),
+    Tiling(30, 8, (24, 32, 40), (4, 2, 3, 1), (4, 2, 3, 1), (24, 40)),
+    Tiling(40, 8, (32, 48), (4, 2, 3, 1), (4, 2, 3, 1)),
+    Tiling(60, 8, (48, 64), (4, 1, 5, 1), (4, 1, 5, 1)),
+    Tiling(76, 8, (48, 56, 64, 72, 80), (2, 2, 3, 1), (2, 2, 3, 1), (56, 64, 72, 80)),
+    Tiling(110, 8, (80, 88, 96, 104, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
     # The narrow ones of these two are for experts with few rows, under skewed routing.
-    Tiling(144, 8, (64, 128, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1)),
-    Tiling(float("inf"), 8, (96, 184, 208, 240), (2, 1, 3, 1), (2, 1, 3, 1)),
+    Tiling(144, 8, (48, 80, 112, 128, 136, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1), (80, 112, 128, 136, 144, 160)),
+    Tiling(float("inf"), 8, (64, 128, 184, 200, 224), (2, 1, 3, 1), (2, 1, 3, 1), (80, 184, 208, 224)),
 )
 
 # Of the same layer at T = 1, 2, 4, for GEMM 1 and GEMM 2 as warpgroups, K blocks, stages, programs:
@@ -283,7 +293,7 @@ class HopperBackend(PortableBackend):
             if source is ScaleSource.BATCH:
                 batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
             self._place_tokens(x, views, tables, groups, tiling.unit, source, scale, input_weights)
-        gemm1 = _gemm1_config(cfg, tiling) if quantize else _unquantized_gemm1(cfg, tiling)
+        gemm1 = _gemm1_config(cfg, tiling, quantize)
         grouped_gemm(
             replace(gemm1, follows_routing=together), image, row_scale if quantize else None, packed.experts, 0,
             packed.l1_gs, tables.tiles, groups, views["act"], rows=2 * cfg.intermediate_size, k=cfg.hidden_size,
@@ -339,23 +349,19 @@ def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
     return [shape for shape in ONE_WAVE if not (even and shape[0] % 2)]
 
 
-def _gemm1_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
-    requantized = _requantizes(config)
+def _gemm1_config(config: MoEConfig, tiling: Tiling, quantize: bool) -> HopperConfig:
+    """GEMM 1; unless ``quantize``, of tokens as they are: W4A16's, and what calibration looks at."""
+    requantized = quantize and _requantizes(config)
     return HopperConfig(
         tiling.unit,
-        tiling.widths,
+        (requantized and tiling.quantizing) or tiling.widths,
         *tiling.gemm1,
         gated=True,
-        row_scale=config.quantizes_activations,
+        row_scale=quantize,
         requantized=requantized,
         weighted=config.route_weight == "before_down",
         limited=config.swiglu_limit is not None,
     ).fitted(2 * config.intermediate_size, config.hidden_size)
-
-
-def _unquantized_gemm1(config: MoEConfig, tiling: Tiling) -> HopperConfig:
-    """GEMM 1 of tokens as they are: W4A16's, and what calibration looks at."""
-    return replace(_gemm1_config(config, tiling), row_scale=False, requantized=False)
 
 
 def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
@@ -376,10 +382,8 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
     for line in TILINGS:
         few = line is TILINGS[0]
         for shape in (*(_one_wave(_requantizes(config)) if few else ()), line.gemm1):
-            gemm1 = _gemm1_config(config, replace(line, gemm1=shape))
-            firsts = [gemm1]
-            if config.quantizes_activations:
-                firsts.append(_unquantized_gemm1(config, replace(line, gemm1=shape)))  # what calibration observes
+            quantized = (True, False) if config.quantizes_activations else (False,)
+            firsts = [_gemm1_config(config, replace(line, gemm1=shape), quantize) for quantize in quantized]
             if fewest < FEW_SLOTS:
                 firsts += [replace(first, follows_routing=True) for first in firsts]
             needed += firsts

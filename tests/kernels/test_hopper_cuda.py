@@ -149,7 +149,8 @@ def test_every_shape_for_few_tiles_matches_the_oracle(shape, mode, monkeypatch):
         x, w, ids = inputs(tokens, LONG, K, 8, seed=tokens)
         out = poisoned(tokens, LONG, target()[1])
         moe.run(*on(target()[1], x, w, ids), out=out)
-        want = nearest_reference(out.cpu(), x, w, ids, weights, **SCALES, **MODES[mode], swiglu_limit=2.0)
+        settings = {"activation_scale": "static", "swiglu_limit": 2.0} | MODES[mode]
+        want = nearest_reference(out.cpu(), x, w, ids, weights, **SCALES, **settings)
         assert relative_l2(out.cpu(), want) <= BAR
 
 
@@ -310,7 +311,6 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
             x[-1 - row, row] = value
     x[tokens // 2] = 0
     settings: dict[str, Any] = {"route_weight": weight, "swiglu_limit": 2.0}
-    config = MoEConfig(experts, H, INTER, top_k=1, **settings)
     moe = build(target(), random_weights(experts, H, INTER, seed=1), top_k=1, **SCALES, **settings)
     packed, offset = moe._packed, matrix_bytes(2 * INTER, H)
     tables = poisoned_buffers(tokens, experts, line.unit, line.widths[-1], "cuda")
@@ -322,8 +322,12 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
     shared: dict[str, Any] = {"multiprocessors": 132, "topk_weights": w, "limit": 2.0}
     found = []
     for requantized in (True, False):
-        gemm1 = replace(_gemm1_config(config, line), requantized=requantized)
-        gemm2 = replace(_gemm2_config(config, line), expert_scale=requantized, row_scale=not requantized, wide_out=True)
+        config = MoEConfig(
+            experts, H, INTER, top_k=1, activation_scale="static" if requantized else "token", **settings
+        )
+        gemm1 = _gemm1_config(config, line, quantize=True)
+        assert gemm1.requantized == requantized
+        gemm2 = replace(_gemm2_config(config, line), wide_out=True)
         act = torch.full((rows * INTER,), 7.0, dtype=torch.bfloat16, device=device)
         grouped_gemm(
             gemm1, image, row_scale, packed.experts, 0, packed.l1_gs, tiles, groups, act, rows=2 * INTER, k=H,

@@ -72,7 +72,9 @@ def test_a_thread_multiplies_what_wgmma_pairs() -> None:
     for m in range(n // 64):
         for block in range(k // 128):
             words = packed[m, block, :CODE_BYTES].view(torch.int32).view(2, 128, 4).long() & 0xFFFFFFFF
-            sf = packed[m, block, CODE_BYTES:].view(128, 2, 2).view(torch.float8_e4m3fn).double()
+            byte = packed[m, block, CODE_BYTES:].view(128, 2, 2).int()
+            bits = (byte << 8 | byte) & 0x07F0  # exponent and mantissa, where a bf16 has the low bits of its exponent
+            sf = (bits >> 4).to(torch.uint8).view(torch.float8_e4m3fn).double()
             for half in range(2):
                 a = torch.zeros(64, 64, dtype=torch.float64)
                 for thread in range(128):

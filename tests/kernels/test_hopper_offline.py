@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,8 +91,9 @@ def test_two_products_hand_over_an_image(line, mode):
     tokens, experts = largest_call(TILINGS, line, top_k)
     h, i = 256, 384
     (first, second), stages = launches(tokens, experts, h, i, **MODES[mode])
-    for product in (first, second):
-        assert f"unit={line.unit}, widths={line.widths}," in product.cubin.decode()
+    requantized = "requantized=True" in first.cubin.decode()
+    for product, widths in ((first, (requantized and line.quantizing) or line.widths), (second, line.widths)):
+        assert f"unit={line.unit}, widths={widths}," in product.cubin.decode()
         assert product.launch_attributes == [(6, 1)]  # it may begin before what it waits for has ended
     assert first.arguments[3:7] == second.arguments[3:7]  # one schedule
     assert "gated=True" in first.cubin.decode()
@@ -177,7 +179,8 @@ def test_the_proof_reaches_every_shape(config, multiprocessors, monkeypatch):
     asked, every = ({backend._line(tokens) for tokens in some} for some in (
         {*proof._TOKENS, *backend.budgets()}, range(1, config.max_num_tokens + 1)
     ))  # fmt: skip
-    for product in (hopper._gemm1_config, hopper._gemm2_config):
+    first = partial(hopper._gemm1_config, quantize=config.quantizes_activations)
+    for product in (first, hopper._gemm2_config):
         shapes = {product(config, line) for line in every}
         assert {product(config, line) for line in asked} == shapes
         assert all(shape.blocks * shape.stages < proof._SIZE // 128 for shape in shapes)

@@ -132,6 +132,18 @@ def multiply_bf16x2(a, b):
     return inline_ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
 
 
+def multiply_by_lane(a, b, lane):
+    """Both bf16 of ``a`` times one of ``b``: 0 is its low half, 1 its high one."""
+    both = "{h, h}" if lane else "{l, l}"
+    return inline_ptx(
+        "{ .reg .b16 l, h; .reg .b32 d; mov.b32 {l, h}, {$r1}; "
+        f"mov.b32 d, {both}; "
+        "mul.rn.bf16x2 {$w0}, {$r0}, d; }",
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
+
+
 def scale_bf16x2(a, constant):
     """Both lanes times a constant, which PTX wants in a register here."""
     return inline_ptx(

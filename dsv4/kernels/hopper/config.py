@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from dsv4.kernels.hopper.layout import BLOCK_BYTES
 
-PRODUCER_REGISTERS = 24
+_PRODUCER_REGISTERS = 24
 FEWEST_SLOTS, FEW_SLOTS = 16, 64
 """Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other;
 up to the lower number with fewer comparisons."""
@@ -64,8 +64,12 @@ class HopperConfig:
 
     @property
     def producer_group(self) -> bool:
-        """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers."""
-        return self.tokens >= 128 and self.programs_per_sm == 1
+        """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers.
+
+        For many tokens, and for several main loops of four warpgroups.
+        """
+        several = self.warpgroups == 4 and len(self.widths) > 1
+        return self.programs_per_sm == 1 and (self.tokens >= 128 or several)
 
     @property
     def threads(self) -> int:
@@ -74,8 +78,19 @@ class HopperConfig:
 
     @property
     def consumer_registers(self) -> int:
-        """What the producers leave to each consumer thread, where registers move: 512 for each of 128 lanes in all."""
-        return min(240, (512 - PRODUCER_REGISTERS) // self.warpgroups // 8 * 8)
+        """Of a consumer thread, where registers move: what producers leave of those that the program starts with."""
+        return min(240, (self._launched_registers - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8)
+
+    @property
+    def producer_registers(self) -> int:
+        """Of a producer thread, where registers move: the rest."""
+        return self._launched_registers - self.warpgroups * self.consumer_registers
+
+    @property
+    def _launched_registers(self) -> int:
+        """Of a thread of each warpgroup together, producers too, at the start: the same number for all, by eights."""
+        warpgroups = self.warpgroups + 1
+        return warpgroups * (512 // warpgroups // 8 * 8)
 
     @property
     def stage_bytes(self) -> int:

@@ -29,7 +29,7 @@ from cutlass.utils import hopper_helpers
 
 from dsv4.kernels.cutedsl import compiler, ptx
 from dsv4.kernels.cutedsl.epilogue import block_terms, pair_maxima, quantized_pair, swiglu
-from dsv4.kernels.hopper.config import MMA_TOKENS, PRODUCER_REGISTERS, HopperConfig
+from dsv4.kernels.hopper.config import MMA_TOKENS, HopperConfig
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, CODE_BYTES, maxima_place, terms_place
 
 _LANES = 0x81C081C0
@@ -38,18 +38,15 @@ _UNSCALE = 512.0
 
 def decode(quad, scales, half, fragment):
     """Sixteen code words and two scales to the A operand of a 64 x 64 tile."""
-    pair = ptx.permute(scales, 0x4140 if half == 0 else 0x4342)
-    pair = (pair << 4) & Uint32(0x07F007F0)
+    pair = ptx.permute(scales, 0x1100 if half == 0 else 0x3322) & Uint32(0x07F007F0)
     pair = ptx.scale_bf16x2(pair, 0x7B807B80)  # 2^120
     pair = ptx.scale_bf16x2(pair, 0x7A007A00)  # 2^117
-    upper, lower = ptx.permute(pair, 0x1010), ptx.permute(pair, 0x3232)
     for k in range(4):
         word = quad[k]
-        fragment[4 * k] = ptx.multiply_bf16x2(word & Uint32(_LANES), upper)
-        fragment[4 * k + 1] = ptx.multiply_bf16x2(ptx.rotate_right(word, 3) & Uint32(_LANES), lower)
-        fragment[4 * k + 2] = ptx.multiply_bf16x2(ptx.rotate_right(word, 6) & Uint32(_LANES), upper)
         rest = (word & Uint32(0x001B001B)) * Uint32(0x4108)
-        fragment[4 * k + 3] = ptx.multiply_bf16x2(rest & Uint32(_LANES), lower)
+        for i, codes in enumerate((word, ptx.rotate_right(word, 3), ptx.rotate_right(word, 6), rest)):
+            # Registers of a fragment take turns between the thread's upper row and its lower one.
+            fragment[4 * k + i] = ptx.multiply_by_lane(codes & Uint32(_LANES), pair, i % 2)
 
 
 class GroupedGemm:
@@ -130,23 +127,23 @@ class GroupedGemm:
         program, _, _ = cute.arch.block_idx()
         # Of the first tile, whether there is one or not: what waits for memory waits once.
         row, width, expert = self.row_group(program, n_tiles, group_expert, group_row)
-        total = ptx.load_i32(num_groups) * n_tiles
+        count = ptx.load_i32(num_groups)
         chunks = k_blocks // cfg.blocks
 
         if warp >= 4 * groups:
             if cutlass.const_expr(cfg.producer_group):
-                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+                cute.arch.setmaxregister_decrease(cfg.producer_registers)
             if tidx == 128 * groups:
                 self.produce(
-                    base, full, empty, total, k_blocks, row, width, expert, experts, image, group_expert, group_row,
-                    expert_bytes, n_tiles,
+                    base, full, empty, count * n_tiles, k_blocks, row, width, expert, experts, image, group_expert,
+                    group_row, expert_bytes, n_tiles,
                 )  # fmt: skip
         else:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
-                topk_weights, out, n_tiles, limit, result_gs,
+                base, full, empty, count * n_tiles, chunks, row, width, expert, gs, row_slot, group_expert, group_row,
+                row_scale, topk_weights, out, n_tiles, limit, result_gs,
             )  # fmt: skip
 
     @cute.jit
@@ -333,8 +330,8 @@ class GroupedGemm:
         c = cute.make_tensor(acc.iterator, cute.make_layout(thread_mma.partition_shape_C((64, tokens))))
         fragments = [cute.recast_tensor(x, Uint32) for x in a]
 
-        before = Int32(-1)
-        for _ in cutlass.range(chunks, unroll=1):
+        before = stage
+        for chunk in cutlass.range(chunks, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             weights = weights_at + stage * (groups * weight_bytes)
             for block in cutlass.range_constexpr(cfg.blocks):
@@ -346,7 +343,7 @@ class GroupedGemm:
                     warpgroup.fence()
                     for k in cutlass.range_constexpr(4):
                         if cutlass.const_expr(block == 0 and half == 0 and k == 0):
-                            mma.set(warpgroup.Field.ACCUMULATE, before >= 0)
+                            mma.set(warpgroup.Field.ACCUMULATE, chunk > 0)
                         else:
                             mma.set(warpgroup.Field.ACCUMULATE, True)
                         cute.gemm(
@@ -360,7 +357,7 @@ class GroupedGemm:
                     warpgroup.wait_group(1)
                     if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
                         # Everything of the stage before is multiplied.
-                        if before >= 0 and lane == 0:
+                        if chunk > 0 and lane == 0:
                             cute.arch.mbarrier_arrive(empty + before)
             before = stage
             stage += 1

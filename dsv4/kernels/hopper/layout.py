@@ -6,7 +6,9 @@ slots at place ``16 k + 2 t + j % 2 + 8 (j // 2)`` of the tokens' K; this layout
 weights there, so that a thread's sixteen values of a row are one scale group.
 
 The eight codes of a step, register by register and lane by lane, are a word: its bits stand as in
-:mod:`dsv4.kernels.triton.weight_layout`.
+:mod:`dsv4.kernels.triton.weight_layout`. The four scales of a thread in 128 of K follow, half by half, upper row before
+lower; each byte's halves have traded places, so that the same byte twice has the scale's seven bits where bf16 has the
+last of its exponent and the first of its mantissa.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def pack_matrix(codes: Tensor, scales: Tensor, gated: bool) -> Tensor:
     word = code_words(tile.permute(0, 4, 5, 1, 3, 6, 7, 8, 2, 9).flatten(7))
     code_bytes = word.view(torch.uint8).view(n // 64, k // 128, CODE_BYTES)
     sf = scales[order].view(n // 64, 4, 2, 8, k // 128, 2, 4)  # m, w, h, g, block, half, t
-    scale_bytes = sf.permute(0, 4, 1, 3, 6, 5, 2).reshape(n // 64, k // 128, -1)
+    scale_bytes = swapped(sf.permute(0, 4, 1, 3, 6, 5, 2).reshape(n // 64, k // 128, -1))
     return torch.cat([code_bytes, scale_bytes], -1).flatten()
 
 
@@ -71,11 +73,16 @@ def unpack_matrix(packed: Tensor, n: int, k: int, gated: bool) -> tuple[Tensor, 
     code = word_codes(blocks[..., :CODE_BYTES].contiguous().view(torch.int32))
     # m, block, half, w, g, t, k, jh, h, jl -> m, w, h, g, block, half, t, k, jh, jl
     code = code.view(n // 64, k // 128, 2, 4, 8, 4, 4, 2, 2, 2).permute(0, 3, 8, 4, 1, 2, 5, 6, 7, 9)
-    sf = blocks[..., CODE_BYTES:].reshape(n // 64, k // 128, 4, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4)
+    sf = swapped(blocks[..., CODE_BYTES:]).reshape(n // 64, k // 128, 4, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4)
     order = row_order(n, gated).to(packed.device)
     codes, scales = packed.new_empty(n, k), packed.new_empty(n, k // 16)
     codes[order], scales[order] = code.reshape(n, k), sf.reshape(n, k // 16)
     return codes, scales
+
+
+def swapped(scales: Tensor) -> Tensor:
+    """uint8, upper and lower half of each byte in each other's place; its own inverse."""
+    return scales << 4 | scales >> 4
 
 
 def to_image(rows: Tensor, tile: int) -> Tensor:

@@ -46,7 +46,8 @@ def _pack(codes, scales, experts, N, K, expert_bytes, offset, GATED: tl.constexp
         _row(tile, thread // 32, 1, thread % 32 // 4, N, GATED),
     )
     group = block * 8 + half * 4 + thread % 4
-    tl.store(out + _CODE_BYTES + i, tl.load(scales + expert * N * (K // 16) + row * (K // 16) + group))
+    scale = tl.load(scales + expert * N * (K // 16) + row * (K // 16) + group)
+    tl.store(out + _CODE_BYTES + i, (scale << 4) | (scale >> 4))
 
 
 def pack(codes: Tensor, scales: Tensor, experts: Tensor, offset: int, gated: bool) -> None:
