@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,10 +22,16 @@ if TYPE_CHECKING:
     from dsv4.kernels.hopper.config import HopperConfig
 
 
+_MOST_JOBS = 8
+
+
 def compile_kernels(
     shape: Annotated[str, typer.Option(help=f"Layer shape: {', '.join(SHAPES)}.")] = "v4-flash",
     arch: Annotated[str, typer.Option(help="Architecture to compile for.")] = "sm_90a",
     experts: Annotated[int | None, typer.Option(help="Local experts of a rank; by default all of the model's.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help=f"Compilers at once; by default one a processor, {_MOST_JOBS} at most.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile a model's kernels into the cache ($DSV4_CACHE_DIR), with no GPU.
@@ -39,8 +49,7 @@ def compile_kernels(
     layer = SHAPES[shape] if experts is None else replace(SHAPES[shape], num_experts=experts)
     cache, needed = (_hopper if arch == ARCH else _blackwell)(layer)
     missing = [kernel for kernel in needed if cache.lookup(kernel, arch) is None]
-    for kernel in missing:
-        cache.load(kernel, arch)
+    _compile(cache, missing, arch, jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS))
     seconds = time.perf_counter() - start
     result = {
         "folder": str(cache.folder()),
@@ -52,6 +61,19 @@ def compile_kernels(
         print_json(result)
     else:
         print(f"{len(needed)} kernels in {cache.folder()}, {len(missing)} compiled in {seconds:.1f} s")
+
+
+def _compile(cache: KernelCache, missing: list[Any], arch: str, jobs: int) -> None:
+    """Into the cache, by ``jobs`` processes."""
+    load = partial(cache.load, arch=arch)
+    if min(jobs, len(missing)) < 2:
+        for kernel in missing:
+            load(kernel)
+        return
+    # A compiler that has threads is not forked.
+    with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(load, missing):
+            pass
 
 
 def _hopper(layer: LayerShape) -> tuple[KernelCache, set[HopperConfig]]:

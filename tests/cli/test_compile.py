@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from dsv4.backends import blackwell, hopper, proof
+from dsv4.cli import compile
 from dsv4.cli.app import app
 from dsv4.config import MoEConfig
 from dsv4.kernels.blackwell import cache as blackwell_cache
@@ -33,7 +35,7 @@ def compiled(monkeypatch, tmp_path) -> list[tuple[object, str]]:
 
 
 def invoke(*arguments: str) -> dict[str, object]:
-    result = CliRunner().invoke(app, ["compile", "--json", *arguments], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["compile", "--json", "--jobs", "1", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     return json.loads(result.stdout)
 
@@ -54,6 +56,24 @@ def test_all_that_a_hopper_layer_needs_is_compiled_once(compiled, shape):
         assert all(hopper_cache.CACHE.lookup(kernel, "sm_90a") is not None for kernel in hopper.kernels(config))
     again = invoke("--shape", shape)
     assert (again["kernels"], again["compiled"], len(compiled)) == (first["kernels"], 0, first["compiled"])
+
+
+def process_number(config: object, arch: str) -> tuple[bytes, str]:
+    """A compiler that says where it ran."""
+    return str(os.getpid()).encode(), "entry"
+
+
+def test_compilers_share_the_work(monkeypatch, tmp_path):
+    """With several jobs other processes compile, and each kernel is on disk afterwards."""
+    pytest.importorskip("cutlass")
+    monkeypatch.undo()
+    family = replace(hopper_cache.CACHE, compiler=process_number)
+    kernels = hopper.kernels(MoEConfig(256, 4096, 2048, activation_format="bf16"))[:6]
+    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
+    compile._compile(family, kernels, "sm_90a", jobs=2)
+    found = {family.lookup(kernel, "sm_90a") for kernel in kernels}
+    assert None not in found
+    assert str(os.getpid()).encode() not in {cubin for cubin, _ in found}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
