@@ -1,7 +1,7 @@
 """Grouped GEMM over NVFP4 weights for Hopper: weights decoded in registers, wgmma, every load a plain bulk copy.
 
 **Operands are swapped.** 64 rows of weights are wgmma's A operand, held in registers, where decoding leaves them; the
-tokens of one expert are its N, 8 to 240 of them.
+tokens of one expert are its N, 8 to 224 of them.
 
 **Weights** of one 64-row tile are one contiguous run: for each 128 of K a *block* of 4608 bytes, ``[2][128][16]``
 codes and ``[128 threads][4]`` scales, exactly what each thread of a warpgroup multiplies, in its order. A thread's
@@ -37,7 +37,7 @@ _UNSCALE = 512.0
 
 
 def decode(quad, scales, half, fragment):
-    """Sixteen code words and two scales to the A operand of a 64 x 64 tile."""
+    """Four words of codes and two scales to a thread's part of the A operand of a 64 x 64 tile."""
     pair = ptx.permute(scales, 0x1100 if half == 0 else 0x3322) & Uint32(0x07F007F0)
     pair = ptx.scale_bf16x2(pair, 0x7B807B80)  # 2^120
     pair = ptx.scale_bf16x2(pair, 0x7A007A00)  # 2^117
