@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +22,7 @@ from dsv4.backends.proof import configurations
 from dsv4.cli._shapes import SHAPES
 from dsv4.config import RouteWeight
 from dsv4.kernels.hopper.cache import ARCH, CACHE
+from dsv4.kernels.hopper.config import HopperConfig
 
 TEST_SIZES = ((640, 384), (384, 256), (256, 128), (128, 128), (256, 256), (512, 256), (256, 512), (128, 256))
 """``(hidden, intermediate)`` of the layers in ``tests/``. A layer of one expert has the kernels of those of more."""
@@ -42,12 +44,19 @@ def layers() -> Iterator[MoEConfig]:
         yield MoEConfig(1, hidden, intermediate, top_k=1, swiglu_limit=limit, route_weight=place, **form)
 
 
+def sanitized() -> Iterator[HopperConfig]:
+    """Kernels of one expert and a long K, of which compute-sanitizer sees that they wait for each other."""
+    for hidden, intermediate in ((1536, 128), (128, 1536)):
+        for kernel in kernels(MoEConfig(1, hidden, intermediate, top_k=1)):
+            yield replace(kernel, every_lane_releases=True)
+
+
 def main() -> None:
     """Compile what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", action="store_true", help="compile nothing, say how many are missing")
     args = parser.parse_args()
-    needed = dict.fromkeys(kernel for layer in layers() for kernel in kernels(layer))
+    needed = dict.fromkeys([*(kernel for layer in layers() for kernel in kernels(layer)), *sanitized()])
     missing = CACHE.missing(needed, ARCH)
     print(f"{len(needed)} kernels, {len(missing)} of them not in {CACHE.folder()}", flush=True)
     for kernel in () if args.count else missing:

@@ -40,6 +40,8 @@ class HopperConfig:
         limited: clamp SwiGLU's operands.
         follows_routing: the launch before writes the tables of routing, and nothing of them is read before it has
             ended; else they are older than that launch.
+        every_lane_releases: all lanes of a consumer warp say that a stage is free, where one says it for all: slower,
+            for compute-sanitizer, which does not see that they have read by then.
     """
 
     unit: int
@@ -56,6 +58,7 @@ class HopperConfig:
     limited: bool = False
     requantized: bool = False
     follows_routing: bool = False
+    every_lane_releases: bool = False
 
     @property
     def tokens(self) -> int:

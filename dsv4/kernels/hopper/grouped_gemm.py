@@ -115,7 +115,7 @@ class GroupedGemm:
         if tidx == 0:
             for i in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(full + i, 1)
-                cute.arch.mbarrier_init(empty + i, 4 * groups)
+                cute.arch.mbarrier_init(empty + i, groups * (128 if cfg.every_lane_releases else 4))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -309,7 +309,7 @@ class GroupedGemm:
         cfg = self.config
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
-        group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
+        group, thread, speaker = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, self.speaker(tidx % 32)
         weight_bytes = cfg.blocks * BLOCK_BYTES
         weights_at = base.toint() + stages * (cfg.blocks * cfg.tokens * 256) + group * weight_bytes
 
@@ -357,7 +357,8 @@ class GroupedGemm:
                     warpgroup.wait_group(1)
                     if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
                         # Everything of the stage before is multiplied.
-                        if chunk > 0 and lane == 0:
+                        cute.arch.sync_warp()
+                        if chunk > 0 and speaker == 0:
                             cute.arch.mbarrier_arrive(empty + before)
             before = stage
             stage += 1
@@ -365,9 +366,19 @@ class GroupedGemm:
                 stage = Int32(0)
                 phase ^= 1
         warpgroup.wait_group(0)
-        if lane == 0:
+        cute.arch.sync_warp()
+        if speaker == 0:
             cute.arch.mbarrier_arrive(empty + before)
         return stage, phase
+
+    @cute.jit
+    def speaker(self, lane):
+        """0 for a lane that tells the producer when a warp has multiplied a stage: one, behind a barrier of the warp.
+
+        ptxas makes no instruction of that barrier, since the warp is together, so that compute-sanitizer's racecheck
+        takes the other lanes' reads for unordered. For it each lane can speak for itself.
+        """
+        return Int32(0) if cutlass.const_expr(self.config.every_lane_releases) else lane
 
     @cute.jit
     def multiply_narrow(self, base, full, empty, chunks, stage, phase, acc):
@@ -376,6 +387,7 @@ class GroupedGemm:
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
         group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
+        speaker = self.speaker(lane)
         token_bytes = cfg.blocks * cfg.tokens * 256
         weight_bytes = cfg.blocks * BLOCK_BYTES
         weights_at = base.toint() + stages * token_bytes + group * weight_bytes
@@ -406,7 +418,7 @@ class GroupedGemm:
                         for i in cutlass.range_constexpr(4):
                             acc[i] = result[i]
             cute.arch.sync_warp()
-            if lane == 0:
+            if speaker == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
             stage += 1
             if stage == stages:
