@@ -355,7 +355,7 @@ class GroupedGemm:
                         )
                     warpgroup.commit_group()
                     warpgroup.wait_group(1)
-                    if cutlass.const_expr(block == 0 and half == 0):  # noqa: SIM102
+                    if cutlass.const_expr(block == 0 and half == 0):
                         # Everything of the stage before is multiplied.
                         cute.arch.sync_warp()
                         if chunk > 0 and speaker == 0:
