@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.plugins import load_general_plugins
-from vllm.v1.worker.workspace import init_workspace_manager
+from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager
 
 NAME = "model.layers.0.mlp.experts"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -49,6 +49,8 @@ def start() -> None:
         MarlinExperts._supports_current_device = staticmethod(lambda: True)
         torch.accelerator.empty_cache = lambda: None
     init_workspace_manager(torch.device(DEVICES[-1]))
+    # Results lie in vLLM's workspace, which cannot grow inside a capture: vLLM's profile run has grown it before.
+    current_workspace_manager().get_simultaneous(((1 << 20,), torch.bfloat16))
     load_general_plugins()
 
 
