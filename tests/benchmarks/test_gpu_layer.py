@@ -263,9 +263,18 @@ def test_peers_are_named_apart(benchmarks):
 
 
 def test_document(on_cpu, tmp_path, monkeypatch, capsys):
-    """One run: a file after every row, with every contender's time, rates and proof; skipped peers are printed."""
+    """One run: a file after every row, with every contender's time, rates and proof; skipped peers are printed. The
+    profiler, behind which replays take longer, runs after everything is timed."""
+    import harness
+    import stages
     from harness import rates
 
+    done = []
+    for module, name in ((harness, "interleaved"), (stages, "kernel_us")):
+        inner = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, inner=inner, **options: done.append(name) or inner(*args, **options)
+        )
     written = []
     write_text = on_cpu.write_text
 
@@ -279,7 +288,8 @@ def test_document(on_cpu, tmp_path, monkeypatch, capsys):
     modes = ["--modes", "w4a16,w4a4-token,w4a4-static"]
     monkeypatch.setattr("sys.argv", ["gpu_layer.py", *arguments, *modes, "--output", str(output)])
     on_cpu.main()
-    assert written == [1, 2]
+    assert written == [1, 2, 2, 2]
+    assert done == ["interleaved"] * 2 + ["kernel_us"] * 6
     assert "humming: skipped, needs --peer-folder" in capsys.readouterr().out
     document = json.loads(output.read_text())
     assert document["skipped"] == {"humming": "needs --peer-folder"}
