@@ -75,6 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             compiled, seconds = run(["-m", "dsv4.cli", "compile", "--shape", args.shape, "--json"], environment)
             document["compile"] = {
                 "kernels": compiled["compiled"],
+                "jobs": compiled["jobs"],
                 "seconds": compiled["seconds"],
                 "process_seconds": round(seconds, 1),
             }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv4.cli._machine import usable_cores
 from dsv4.cli._output import print_json
 from dsv4.cli._shapes import SHAPES, LayerShape
-from dsv4.errors import ConfigError
+from dsv4.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from dsv4.kernels.blackwell.config import BlackwellConfig
@@ -49,12 +50,14 @@ def compile_kernels(
     layer = SHAPES[shape] if experts is None else replace(SHAPES[shape], num_experts=experts)
     cache, needed = (_hopper if arch == ARCH else _blackwell)(layer)
     missing = [kernel for kernel in needed if cache.lookup(kernel, arch) is None]
-    _compile(cache, missing, arch, jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS))
+    jobs = jobs or min(usable_cores(), _MOST_JOBS)
+    _compile(cache, missing, arch, jobs)
     seconds = time.perf_counter() - start
     result = {
         "folder": str(cache.folder()),
         "kernels": len(needed),
         "compiled": len(missing),
+        "jobs": jobs,
         "seconds": round(seconds, 1),
     }
     if json:
@@ -64,16 +67,25 @@ def compile_kernels(
 
 
 def _compile(cache: KernelCache, missing: list[Any], arch: str, jobs: int) -> None:
-    """Into the cache, by ``jobs`` processes."""
+    """Into the cache, by ``jobs`` processes.
+
+    Raises:
+        BackendError: there is no compiler, or one of the processes was ended.
+    """
     load = partial(cache.load, arch=arch)
     if min(jobs, len(missing)) < 2:
         for kernel in missing:
             load(kernel)
         return
     # A compiler that has threads is not forked.
-    with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(load, missing):
-            pass
+    try:
+        with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=get_context("spawn")) as pool:
+            for _ in pool.map(load, missing):
+                pass
+    except BrokenProcessPool:
+        raise BackendError(
+            f"one of {jobs} compilers ended without a result, as they do where memory is short: try --jobs 1"
+        ) from None
 
 
 def _hopper(layer: LayerShape) -> tuple[KernelCache, set[HopperConfig]]:

@@ -13,6 +13,7 @@ from dsv4.backends import blackwell, hopper, proof
 from dsv4.cli import compile
 from dsv4.cli.app import app
 from dsv4.config import MoEConfig
+from dsv4.errors import BackendError
 from dsv4.kernels.blackwell import cache as blackwell_cache
 from dsv4.kernels.blackwell.config import ARCHS
 from dsv4.kernels.cutedsl import cache
@@ -61,6 +62,21 @@ def test_all_that_a_hopper_layer_needs_is_compiled_once(compiled, shape):
 def process_number(config: object, arch: str) -> tuple[bytes, str]:
     """A compiler that says where it ran."""
     return str(os.getpid()).encode(), "entry"
+
+
+def ended(config: object, arch: str) -> tuple[bytes, str]:
+    """A compiler for which memory does not suffice."""
+    os._exit(1)
+
+
+def test_a_compiler_that_is_ended(monkeypatch, tmp_path):
+    """One line that says what to try, no traceback of the pool's."""
+    pytest.importorskip("cutlass")
+    monkeypatch.undo()
+    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
+    kernels = hopper.kernels(MoEConfig(256, 4096, 2048, activation_format="bf16"))[:2]
+    with pytest.raises(BackendError, match="try --jobs 1"):
+        compile._compile(replace(hopper_cache.CACHE, compiler=ended), kernels, "sm_90a", jobs=2)
 
 
 def test_compilers_share_the_work(monkeypatch, tmp_path):

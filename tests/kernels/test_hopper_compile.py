@@ -6,6 +6,7 @@ Eight configurations in ``make test``, all that V4-Flash and V4-Pro need in ``ma
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -146,6 +147,21 @@ def test_results_are_quantized_by_the_instructions_meant(config: HopperConfig) -
     assert count["STS.128"] == (2 * rounds if config.requantized else 0)
     slots = not config.gated or config.row_scale or config.weighted
     assert count["BAR"] == 1 + (slots + 2 * config.requantized) * len(config.widths)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("line", [TILINGS[0], TILINGS[3], TILINGS[-1]], ids=lambda line: str(line.rows_per_expert))
+def test_each_lane_can_release_a_stage(line) -> None:
+    """For racecheck: the same main loops, in which arriving at a barrier does not hang on the lane."""
+    plain = HopperConfig(line.unit, line.widths, *line.gemm2)
+    kinds = ("HGMMA", "HMMA", "LDS", "LDSM", "SYNCS", "WARPGROUP")
+    found = [machine_code(config) for config in (plain, replace(plain, every_lane_releases=True))]
+    loops = [code.loops("HGMMA") + code.loops("HMMA") for code in found]
+    assert [[counts(loop)[kind] for kind in kinds] for loop in loops[0]] == [
+        [counts(loop)[kind] for kind in kinds] for loop in loops[1]
+    ]
+    assert all(code.stack == code.local == 0 for code in found)
+    assert machine_code(plain).instructions != found[1].instructions
 
 
 def waits(instructions: list[Instruction]) -> list[int]:

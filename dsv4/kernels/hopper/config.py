@@ -72,7 +72,7 @@ class HopperConfig:
         For many tokens, and for several main loops of four warpgroups.
         """
         several = self.warpgroups == 4 and len(self.widths) > 1
-        return self.programs_per_sm == 1 and (self.tokens >= 128 or several)
+        return self.programs_per_sm == 1 < self.warpgroups and (self.tokens >= 128 or several)
 
     @property
     def threads(self) -> int:
@@ -91,7 +91,10 @@ class HopperConfig:
 
     @property
     def _launched_registers(self) -> int:
-        """Of a thread of each warpgroup together, producers too, at the start: the same number for all, by eights."""
+        """Registers of a thread at the start, summed over the warpgroups, producers too.
+
+        ptxas gives all threads the same number, a multiple of 8.
+        """
         warpgroups = self.warpgroups + 1
         return warpgroups * (512 // warpgroups // 8 * 8)
 

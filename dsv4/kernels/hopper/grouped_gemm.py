@@ -17,6 +17,10 @@ each of several numbers of tokens; up to 8 are multiplied by ``mma``, which want
 **Warps.** One producer thread keeps the pipeline full; each consumer warpgroup owns 64 rows of the tile and decodes 64
 of K while the tensor cores multiply the 64 before, from two sets of operand registers.
 
+One lane of a consumer warp says that a stage is free, behind a barrier of the warp. ptxas makes no instruction of that
+barrier, since the warp is together, so that compute-sanitizer's racecheck takes the other lanes' reads for unordered:
+for it every lane can say so for itself.
+
 **Schedule.** Persistent programs walk (row group, output tile) pairs, counted on the device.
 """
 
@@ -127,7 +131,9 @@ class GroupedGemm:
         program, _, _ = cute.arch.block_idx()
         # Of the first tile, whether there is one or not: what waits for memory waits once.
         row, width, expert = self.row_group(program, n_tiles, group_expert, group_row)
-        count = ptx.load_i32(num_groups)
+        count = ptx.load_i32(
+            num_groups
+        )  # times n_tiles where it is needed: what is live while registers move is spilled
         chunks = k_blocks // cfg.blocks
 
         if warp >= 4 * groups:
@@ -309,7 +315,7 @@ class GroupedGemm:
         cfg = self.config
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
-        group, thread, speaker = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, self.speaker(tidx % 32)
+        group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
         weight_bytes = cfg.blocks * BLOCK_BYTES
         weights_at = base.toint() + stages * (cfg.blocks * cfg.tokens * 256) + group * weight_bytes
 
@@ -358,7 +364,7 @@ class GroupedGemm:
                     if cutlass.const_expr(block == 0 and half == 0):
                         # Everything of the stage before is multiplied.
                         cute.arch.sync_warp()
-                        if chunk > 0 and speaker == 0:
+                        if chunk > 0 and (cutlass.const_expr(cfg.every_lane_releases) or lane == 0):
                             cute.arch.mbarrier_arrive(empty + before)
             before = stage
             stage += 1
@@ -367,18 +373,9 @@ class GroupedGemm:
                 phase ^= 1
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
-        if speaker == 0:
+        if cutlass.const_expr(cfg.every_lane_releases) or lane == 0:
             cute.arch.mbarrier_arrive(empty + before)
         return stage, phase
-
-    @cute.jit
-    def speaker(self, lane):
-        """0 for a lane that tells the producer when a warp has multiplied a stage: one, behind a barrier of the warp.
-
-        ptxas makes no instruction of that barrier, since the warp is together, so that compute-sanitizer's racecheck
-        takes the other lanes' reads for unordered. For it each lane can speak for itself.
-        """
-        return Int32(0) if cutlass.const_expr(self.config.every_lane_releases) else lane
 
     @cute.jit
     def multiply_narrow(self, base, full, empty, chunks, stage, phase, acc):
@@ -387,7 +384,6 @@ class GroupedGemm:
         groups, stages = cutlass.const_expr(cfg.warpgroups), cfg.stages
         tidx, _, _ = cute.arch.thread_idx()
         group, thread, lane = cute.arch.make_warp_uniform(tidx // 32) // 4, tidx % 128, tidx % 32
-        speaker = self.speaker(lane)
         token_bytes = cfg.blocks * cfg.tokens * 256
         weight_bytes = cfg.blocks * BLOCK_BYTES
         weights_at = base.toint() + stages * token_bytes + group * weight_bytes
@@ -418,7 +414,7 @@ class GroupedGemm:
                         for i in cutlass.range_constexpr(4):
                             acc[i] = result[i]
             cute.arch.sync_warp()
-            if speaker == 0:
+            if cutlass.const_expr(cfg.every_lane_releases) or lane == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
             stage += 1
             if stage == stages:
