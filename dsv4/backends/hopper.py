@@ -18,7 +18,7 @@ from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.cutedsl.cache import dsl_version
 from dsv4.kernels.hopper.cache import ARCH, CACHE
-from dsv4.kernels.hopper.config import FEW_SLOTS, FEWEST_SLOTS, HopperConfig
+from dsv4.kernels.hopper.config import FEW_SLOTS, FEWEST_SLOTS, ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
 from dsv4.nvfp4 import pack_nibbles
 from dsv4.weights import MoEWeights
@@ -41,7 +41,7 @@ class Tiling:
 
     Attributes:
         rows_per_expert: the largest mean, ``T * k / E``, that this line serves.
-        unit, widths: of :class:`HopperConfig`.
+        widths: of :class:`HopperConfig`.
         gemm1: ``(warpgroups, blocks, stages, programs_per_sm)`` of :class:`HopperConfig`.
         gemm2: the same of down.
         quantizing: widths of a GEMM 1 that quantizes its result, where it has not the registers for ``widths``; the
@@ -49,7 +49,6 @@ class Tiling:
     """
 
     rows_per_expert: float
-    unit: int
     widths: tuple[int, ...]
     gemm1: tuple[int, int, int, int]
     gemm2: tuple[int, int, int, int]
@@ -75,17 +74,17 @@ class Tiling:
 #     13770; 48, 80, 112, 128, 144, 160: 11475, 13567. Chosen likewise, 0.9 % more and 4.9 % less than the first; beside
 #     peers 11245, 13503.
 TILINGS = (
-    Tiling(4, 8, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
-    Tiling(9, 8, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
-    Tiling(16, 8, (8, 16, 24), (4, 2, 4, 1), (4, 2, 4, 1)),
-    Tiling(30, 8, (24, 32, 40), (4, 2, 3, 1), (4, 2, 3, 1), (24, 40)),
-    Tiling(40, 8, (32, 48), (4, 2, 3, 1), (4, 2, 3, 1)),
-    Tiling(60, 8, (48, 64), (4, 1, 5, 1), (4, 1, 5, 1)),
-    Tiling(76, 8, (48, 56, 64, 72, 80), (2, 2, 3, 1), (2, 2, 3, 1), (56, 64, 72, 80)),
-    Tiling(110, 8, (80, 88, 96, 104, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
+    Tiling(4, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
+    Tiling(9, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
+    Tiling(16, (8, 16, 24), (4, 2, 4, 1), (4, 2, 4, 1)),
+    Tiling(30, (24, 32, 40), (4, 2, 3, 1), (4, 2, 3, 1), (24, 40)),
+    Tiling(40, (32, 48), (4, 2, 3, 1), (4, 2, 3, 1)),
+    Tiling(60, (48, 64), (4, 1, 5, 1), (4, 1, 5, 1)),
+    Tiling(76, (48, 56, 64, 72, 80), (2, 2, 3, 1), (2, 2, 3, 1), (56, 64, 72, 80)),
+    Tiling(110, (80, 88, 96, 104, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
     # The narrow ones of these two are for experts with few rows, under skewed routing.
-    Tiling(144, 8, (48, 80, 112, 128, 136, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1), (80, 112, 128, 136, 144, 160)),
-    Tiling(float("inf"), 8, (64, 128, 184, 200, 224), (2, 1, 3, 1), (2, 1, 3, 1), (80, 184, 208, 224)),
+    Tiling(144, (48, 80, 112, 128, 136, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1), (80, 112, 128, 136, 144, 160)),
+    Tiling(float("inf"), (64, 128, 184, 200, 224), (2, 1, 3, 1), (2, 1, 3, 1), (80, 184, 208, 224)),
 )
 
 # Of the same layer at T = 1, 2, 4, for GEMM 1 and GEMM 2 as warpgroups, K blocks, stages, programs:
@@ -182,7 +181,7 @@ class HopperBackend(PortableBackend):
         tiling = self._line(call.hidden_states.shape[0])
         tables, groups = self._schedule(call, views, tiling)
         self._activate(packed, call, views, tables, groups, tiling, quantize=cfg.quantizes_activations)
-        activated, i, unit = views["act"], cfg.intermediate_size, tiling.unit
+        activated, i = views["act"], cfg.intermediate_size
         act_scale = None
         if _requantizes(cfg):
             act_scale = call.input_scales.l2 if call.input_scales else None
@@ -190,8 +189,8 @@ class HopperBackend(PortableBackend):
             source, scale = self._scale_source(call, None, tables, 1)
             act_scale = views["row_scale"]
             if source is ScaleSource.BATCH:
-                image_amax(activated, tables.tiles, groups, unit, i, tables.amax[1:], of_batch=True)
-            quantize_image(activated, act_scale, tables.tiles, groups, unit, i, source, scale, dependent=True)
+                image_amax(activated, tables.tiles, groups, ROW_UNIT, i, tables.amax[1:], of_batch=True)
+            quantize_image(activated, act_scale, tables.tiles, groups, ROW_UNIT, i, source, scale, dependent=True)
         slot_rows = self._slot_rows(views, slots)
         gemm2 = replace(_gemm2_config(cfg, tiling), wide_out=slot_rows.dtype == torch.float32)
         grouped_gemm(
@@ -210,7 +209,7 @@ class HopperBackend(PortableBackend):
         tables, groups = self._schedule(call, views, tiling)
         self._activate(packed, call, views, tables, groups, tiling, quantize=False)
         amax = torch.zeros(call.topk_ids.numel(), dtype=torch.float32, device=self.device)
-        image_amax(views["act"], tables.tiles, groups, tiling.unit, self.config.intermediate_size, amax, of_batch=False)
+        image_amax(views["act"], tables.tiles, groups, ROW_UNIT, self.config.intermediate_size, amax, of_batch=False)
         return tables, amax
 
     def _edges(self) -> tuple[float, ...]:
@@ -246,7 +245,7 @@ class HopperBackend(PortableBackend):
 
         slots, most = call.topk_ids.numel(), tiling.widths[-1]
         e = self.config.num_experts
-        tiles, groups = capacity(slots, e, tiling.unit) // tiling.unit, capacity(slots, e, most) // most
+        tiles, groups = capacity(slots, e, ROW_UNIT) // ROW_UNIT, capacity(slots, e, most) // most
         schedule = RowGroups(
             most,
             views["slot_row"][:slots],
@@ -256,7 +255,7 @@ class HopperBackend(PortableBackend):
             views["group_expert"][:groups],
             views["num_groups"],
         )
-        return self._tables(call, views, tiling.unit, schedule), schedule
+        return self._tables(call, views, ROW_UNIT, schedule), schedule
 
     def _activate(
         self,
@@ -285,16 +284,16 @@ class HopperBackend(PortableBackend):
         together = call.topk_ids.numel() <= FEW_SLOTS and source is not ScaleSource.BATCH
         if together:
             route_and_scatter(
-                call.topk_ids, x, tables, image, row_scale, cfg.num_experts, tiling.unit, source=source, scale=scale,
+                call.topk_ids, x, tables, image, row_scale, cfg.num_experts, ROW_UNIT, source=source, scale=scale,
                 weights=input_weights, start=cfg.experts_start_idx, expert_map=call.expert_map,
                 num_valid_tokens=call.num_valid_tokens, experts=packed.experts,
                 row_tiles=_row_tiles(cfg)[0],
             )  # fmt: skip
         else:
-            self._fill(tables, call, tiling.unit)
+            self._fill(tables, call, ROW_UNIT)
             if source is ScaleSource.BATCH:
                 batch_amax(x, tables.local_ids, tables.amax[:1], cfg.top_k, input_weights)
-            self._place_tokens(x, views, tables, groups, tiling.unit, source, scale, input_weights)
+            self._place_tokens(x, views, tables, groups, source, scale, input_weights)
         gemm1 = _gemm1_config(cfg, tiling, quantize)
         grouped_gemm(
             replace(gemm1, follows_routing=together), image, row_scale if quantize else None, packed.experts, 0,
@@ -309,7 +308,6 @@ class HopperBackend(PortableBackend):
         views: dict[str, Tensor],
         tables: RoutingBuffers,
         groups: RowGroups,
-        unit: int,
         source: ScaleSource,
         scale: Tensor | None,
         input_weights: Tensor | None,
@@ -322,7 +320,7 @@ class HopperBackend(PortableBackend):
         image, row_scale = views["x_image"], views["row_scale"]
         if tokens <= FEW_TOKENS:
             scatter_rows(
-                x, image, row_scale, groups, tables.local_ids, unit, cfg.top_k, source=source, scale=scale,
+                x, image, row_scale, groups, tables.local_ids, ROW_UNIT, cfg.top_k, source=source, scale=scale,
                 weights=input_weights, dependent=True,
             )  # fmt: skip
             return
@@ -331,9 +329,9 @@ class HopperBackend(PortableBackend):
             rows, scales = views["x_staged"][:tokens], views["x_scale"][:tokens]
             stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
             x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
-        gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, unit, cfg.top_k)
+        gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.top_k)
         if source is ScaleSource.EXPERT:
-            quantize_image(image, row_scale, tables.tiles, groups, unit, cfg.hidden_size, source, scale)
+            quantize_image(image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.hidden_size, source, scale)
 
 
 def _requantizes(config: MoEConfig) -> bool:
@@ -355,7 +353,6 @@ def _gemm1_config(config: MoEConfig, tiling: Tiling, quantize: bool) -> HopperCo
     """GEMM 1; unless ``quantize``, of tokens as they are: W4A16's, and what calibration looks at."""
     requantized = quantize and _requantizes(config)
     return HopperConfig(
-        tiling.unit,
         (requantized and tiling.quantizing) or tiling.widths,
         *tiling.gemm1,
         gated=True,
@@ -369,7 +366,6 @@ def _gemm1_config(config: MoEConfig, tiling: Tiling, quantize: bool) -> HopperCo
 def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
     by_expert = _requantizes(config)
     fitting = HopperConfig(
-        tiling.unit,
         tiling.widths,
         *tiling.gemm2,
         row_scale=config.quantizes_activations and not by_expert,
@@ -403,8 +399,8 @@ def _plan(config: MoEConfig) -> BufferPlan:
     h, i = config.hidden_size, config.intermediate_size
     # A line of the table serves calls of so many slots at most.
     served = [(t, min(slots, int(min(t.rows_per_expert * e, slots)))) for t in TILINGS]
-    rows = max(capacity(s, e, t.unit) for t, s in served)
-    row_tiles = max(capacity(s, e, t.unit) // t.unit for t, s in served)
+    rows = capacity(slots, e, ROW_UNIT)
+    row_tiles = rows // ROW_UNIT
     groups = max(capacity(s, e, t.widths[-1]) // t.widths[-1] for t, s in served)
     staged = config.max_num_tokens * h if config.quantizes_activations or config.route_weight == "input" else 0
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

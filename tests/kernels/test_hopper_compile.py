@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from dsv4.backends.hopper import TILINGS, kernels
 from dsv4.cli._shapes import SHAPES
 from dsv4.kernels.hopper.cache import ARCH
-from dsv4.kernels.hopper.config import MMA_TOKENS, HopperConfig
+from dsv4.kernels.hopper.config import MMA_TOKENS, ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.grouped_gemm import compile_kernel
 from dsv4.kernels.hopper.launch import GEMM_SIGNATURE
 from kernels.cubin import Instruction, MachineCode, counts, read
@@ -153,7 +153,7 @@ def test_results_are_quantized_by_the_instructions_meant(config: HopperConfig) -
 @pytest.mark.parametrize("line", [TILINGS[0], TILINGS[3], TILINGS[-1]], ids=lambda line: str(line.rows_per_expert))
 def test_each_lane_can_release_a_stage(line) -> None:
     """For racecheck: the same main loops, in which arriving at a barrier does not hang on the lane."""
-    plain = HopperConfig(line.unit, line.widths, *line.gemm2)
+    plain = HopperConfig(line.widths, *line.gemm2)
     kinds = ("HGMMA", "HMMA", "LDS", "LDSM", "SYNCS", "WARPGROUP")
     found = [machine_code(config) for config in (plain, replace(plain, every_lane_releases=True))]
     loops = [code.loops("HGMMA") + code.loops("HMMA") for code in found]
@@ -238,14 +238,13 @@ def test_widths_are_ones_that_there_are(tiling) -> None:
         assert list(widths) == sorted(set(widths))
         assert set(widths) <= set(range(8, 257, 8))
         assert widths[-1] == tiling.widths[-1]
-    assert tiling.unit in (8, 16)
-    assert tiling.widths[-1] % tiling.unit == 0
+    assert tiling.widths[-1] % ROW_UNIT == 0
     for gemm in (tiling.gemm1, tiling.gemm2):
-        config = HopperConfig(tiling.unit, tiling.widths, *gemm)
+        config = HopperConfig(tiling.widths, *gemm)
         assert config.tokens <= 128 * config.fitted(rows=128, k=128).warpgroups
 
 
 def test_small_matrices_take_the_nearest_configuration() -> None:
     """Where whole tiles do not fit, warpgroups and K blocks are halved until they do."""
-    fitted = HopperConfig(8, (8,), 4, 4, 2, 1).fitted(rows=128, k=384)
+    fitted = HopperConfig((8,), 4, 4, 2, 1).fitted(rows=128, k=384)
     assert (fitted.warpgroups, fitted.blocks) == (2, 1)

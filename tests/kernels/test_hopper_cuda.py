@@ -15,6 +15,7 @@ from dsv4.backends import hopper, proof
 from dsv4.backends.base import Verdict
 from dsv4.backends.hopper import ONE_WAVE, TILINGS, _gemm1_config, _gemm2_config
 from dsv4.config import MoEConfig
+from dsv4.kernels.hopper.config import ROW_UNIT
 from dsv4.kernels.hopper.layout import matrix_bytes
 
 pytestmark = [
@@ -220,7 +221,7 @@ def test_scattered_and_gathered_rows_are_an_image(line):
     from dsv4.kernels.triton.stages import ScaleSource
     from kernels.row_groups import expected, poisoned_buffers
 
-    unit, most, experts, tokens, k = line.unit, line.widths[-1], 5, 3 * line.widths[-1] + 5, 256
+    unit, most, experts, tokens, k = ROW_UNIT, line.widths[-1], 5, 3 * line.widths[-1] + 5, 256
     ids = torch.randint(-1, experts, (tokens, K), device="cuda")
     ids[::3] = 1  # a busy expert,
     ids[ids == 2] = 3  # and an idle one
@@ -259,7 +260,7 @@ def test_quantized_images_are_quantized_rows(line, source):
     from dsv4.kernels.triton.stages import ScaleSource, stage_rows
     from kernels.row_groups import poisoned_buffers
 
-    unit, most, experts, tokens, k = line.unit, line.widths[-1], 5, 2 * line.widths[-1] + 5, 2112
+    unit, most, experts, tokens, k = ROW_UNIT, line.widths[-1], 5, 2 * line.widths[-1] + 5, 2112
     ids = torch.randint(-1, experts, (tokens, 1), device="cuda")
     ids[3:5] = 1
     x = inputs(tokens, k, 1, experts)[0].cuda()
@@ -320,11 +321,11 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
     settings: dict[str, Any] = {"route_weight": weight, "swiglu_limit": 2.0}
     moe = build(target(), random_weights(experts, H, INTER, seed=1), top_k=1, **SCALES, **settings)
     packed, offset = moe._packed, matrix_bytes(2 * INTER, H)
-    tables = poisoned_buffers(tokens, experts, line.unit, line.widths[-1], "cuda")
-    route(ids, experts, line.unit, tables)
+    tables = poisoned_buffers(tokens, experts, ROW_UNIT, line.widths[-1], "cuda")
+    route(ids, experts, ROW_UNIT, tables)
     tiles, groups, rows = tables.tiles, tables.groups, tables.tiles.row_slot.numel()
     image, row_scale = torch.zeros(rows * H, dtype=torch.bfloat16, device=device), torch.ones(rows, device=device)
-    scatter_rows(x, image, row_scale, groups, tables.local_ids, line.unit, 1, source=ScaleSource.ROW)
+    scatter_rows(x, image, row_scale, groups, tables.local_ids, ROW_UNIT, 1, source=ScaleSource.ROW)
     scales = torch.linspace(0.03, 0.0005, experts, device=device)
     shared: dict[str, Any] = {"multiprocessors": 132, "topk_weights": w, "limit": 2.0}
     found = []
@@ -343,13 +344,13 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
         of_rows = scales
         if not requantized:
             of_rows = torch.ones(rows, device=device)
-            quantize_image(act, of_rows, tiles, groups, line.unit, INTER, ScaleSource.EXPERT, scales)
+            quantize_image(act, of_rows, tiles, groups, ROW_UNIT, INTER, ScaleSource.EXPERT, scales)
         out = torch.full((tokens, H), 7.0, device=device)
         grouped_gemm(
             gemm2, act, of_rows, packed.experts, offset, packed.l2_gs, tiles, groups, out, rows=H, k=INTER, **shared
         )
         found.append((act, out))
-    want = expected(ids.flatten().tolist(), experts, line.unit, line.widths[-1])
+    want = expected(ids.flatten().tolist(), experts, ROW_UNIT, line.widths[-1])
     for group in want.groups():
         served = torch.tensor(want.row_slot[group.start : group.stop], device=device) >= 0
         got, unfused = (

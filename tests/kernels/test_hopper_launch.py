@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from dsv4.errors import BackendError, InputError
 from dsv4.kernels.cutedsl.cache import KernelCache
 from dsv4.kernels.hopper import launch
-from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.config import ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
@@ -22,15 +22,15 @@ from kernels.fake_driver import FakeDriver, installed
 
 STREAM = 0x5EED
 E, S, TILES, GROUPS, OFFSET = 3, 40, 7, 5, 4608
-GATED = HopperConfig(8, (8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True, requantized=True)
-PLAIN = HopperConfig(16, (16, 32), 1, 2, 3, 1, wide_out=True)
+GATED = HopperConfig((8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True, requantized=True)
+PLAIN = HopperConfig((16, 32), 1, 2, 3, 1, wide_out=True)
 SCALED = replace(PLAIN, expert_scale=True)
 ROWS, DEPTH, MULTIPROCESSORS = 256, 512, 132
 
 
 def operands(config: HopperConfig) -> dict[str, Any]:
     """Arguments that fit ``config``."""
-    rows = TILES * config.unit
+    rows = TILES * ROW_UNIT
     if config.gated:
         out = torch.zeros(rows * ROWS // 2, dtype=torch.bfloat16)
     else:
@@ -71,7 +71,9 @@ def cubin(config: HopperConfig, arch: str = "sm_90a") -> bytes:
 
 @pytest.fixture
 def driver(monkeypatch) -> Iterator[FakeDriver]:
-    monkeypatch.setattr(KernelCache, "load", lambda _, config, arch: (cubin(config, arch), f"entry_{config.unit}"))
+    monkeypatch.setattr(
+        KernelCache, "load", lambda _, config, arch: (cubin(config, arch), f"entry_{config.warpgroups}")
+    )
     driver = FakeDriver(launch.GEMM_SIGNATURE)
     with installed(driver, launch.gemm_kernel, STREAM):
         yield driver
@@ -83,7 +85,7 @@ def test_every_argument_of_a_launch(driver, config):
     o = operands(config)
     launch.grouped_gemm(config, **o)
     (got,) = driver.launches
-    assert (got.cubin, got.entry, got.stream) == (cubin(config), f"entry_{config.unit}", STREAM)
+    assert (got.cubin, got.entry, got.stream) == (cubin(config), f"entry_{config.warpgroups}", STREAM)
     tiles_along_n = ROWS // (64 * config.warpgroups)
     assert got.grid == (GROUPS * tiles_along_n, 1, 1)
     assert got.block == (config.warpgroups * 128 + 32, 1, 1)
@@ -170,7 +172,7 @@ def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, An
         (GATED, "matrix", lambda o: o.update(rows=192)),
         (GATED, "matrix", lambda o: o.update(k=448)),
         (PLAIN, "matrix", lambda o: o.update(k=384)),
-        (HopperConfig(16, (16,), 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
+        (HopperConfig((16,), 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
         (GATED, "experts", lambda o: o.update(experts=o["experts"].to(torch.int8))),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, 16:])),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, ::2])),

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from dsv4.kernels.hopper.layout import BLOCK_BYTES
 
+ROW_UNIT = 8
+"""Rows of a row tile: an expert's rows are padded to it, and row groups are whole row tiles."""
+
 _PRODUCER_REGISTERS = 24
 FEWEST_SLOTS, FEW_SLOTS = 16, 64
 """Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other;
@@ -22,7 +25,6 @@ class HopperConfig:
     """One compiled kernel.
 
     Attributes:
-        unit: row groups are so many rows long, or a multiple: 8 or 16.
         widths: numbers of tokens that main loops are compiled for, ascending multiples of 8 up to 256. A row group
             takes the first that holds it. Each costs registers, although one is used at a time: with too many, ptxas
             waits for every single wgmma (tests/kernels/test_hopper_compile.py counts).
@@ -44,7 +46,6 @@ class HopperConfig:
             for compute-sanitizer, which does not see that they have read by then.
     """
 
-    unit: int
     widths: tuple[int, ...]
     warpgroups: int
     blocks: int

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4.errors import InputError
 from dsv4.kernels.cutedsl.launch import Kernel
 from dsv4.kernels.hopper.cache import ARCH, CACHE
-from dsv4.kernels.hopper.config import HopperConfig
+from dsv4.kernels.hopper.config import ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
@@ -59,7 +59,7 @@ def _check_operands(
         raise _unfit("out", out, f"[S, {rows}]")
     if groups.rows != config.tokens:
         raise _unfit("groups", f"row groups of up to {groups.rows} rows", str(config.tokens))
-    image_rows, num_experts = tiles.tile_expert.shape[0] * config.unit, experts.shape[0]
+    image_rows, num_experts = tiles.tile_expert.shape[0] * ROW_UNIT, experts.shape[0]
     # And the least number of elements that is touched, where that is known here.
     operands: list[tuple[str, Tensor | None, torch.dtype, int]] = [
         ("image", image, torch.bfloat16, image_rows * k),
@@ -116,7 +116,7 @@ def grouped_gemm(
         experts: uint8 ``[E, bytes]``.
         offset: first byte of the matrix.
         gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
-        tiles: rows and their experts, with row tiles of ``config.unit``.
+        tiles: rows and their experts, with row tiles of ``ROW_UNIT``.
         groups: the schedule, with groups of up to ``config.tokens`` rows.
         out: the next image, or ``[S, rows]``.
         rows: of the matrix, a multiple of ``64 * config.warpgroups``.
