@@ -28,7 +28,8 @@ def processes(monkeypatch) -> list[list[str]]:
         if command[0] == "git":
             return SimpleNamespace(returncode=0, stdout="abc\n")
         if "compile" in command:
-            return SimpleNamespace(returncode=0, stdout=json.dumps({"kernels": 50, "compiled": 42, "seconds": 1.5}))
+            made = {"kernels": 50, "compiled": 42, "jobs": 2, "seconds": 1.5}
+            return SimpleNamespace(returncode=0, stdout=json.dumps(made))
         seconds = sum(is_start(c) for c in commands) - 1 or 99
         line = {"seconds": {"first run": seconds}, "backend": "hopper", "loaded": [], "spawned": []}
         return SimpleNamespace(returncode=0, stdout=json.dumps(line))
@@ -50,7 +51,7 @@ def test_document(startup, processes, monkeypatch, tmp_path, capsys):
     startup.main()
     document = json.loads(output.read_text())
     assert document == json.loads(capsys.readouterr().out)
-    assert document["compile"]["kernels"] == 42
+    assert (document["compile"]["kernels"], document["compile"]["jobs"]) == (42, 2)
     assert document["first_process"]["seconds"] == {"first run": 99}
     assert document["warm_processes"]["median_seconds"] == 2
     assert len(document["warm_processes"]["runs"]) == 3
