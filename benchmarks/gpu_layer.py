@@ -28,11 +28,11 @@ from harness import BF16_TOLERANCE, NVFP4_TOLERANCE, Captured, Contender, Output
 from peers.base import Peer, Setup
 from reference import BF16, TOKEN_SCALES, Activations
 
-from dsv4.cli._layer import Call, Weights, build_layer, random_call, random_weights
+from dsv4.cli._layer import Call, RoutingKind, Weights, build_layer, random_call, random_weights
 from dsv4.cli._machine import versions
 from dsv4.cli._modes import MODES
 from dsv4.cli._output import check_writable, dumps, write_text
-from dsv4.cli._shapes import SHAPES
+from dsv4.cli._shapes import SHAPES, LayerShape
 from dsv4.moe import Nvfp4MoE
 from dsv4.weights import MoEWeights
 
@@ -124,6 +124,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def calls_of(
+    shape: LayerShape, tokens: int, kind: RoutingKind, device: torch.device, count: int | None = None
+) -> list[Call]:
+    """Different calls of so many tokens: ``count``, or as many as a graph holds of them."""
+    count = count or (32 if tokens <= LARGE else 8)
+    return [random_call(shape, tokens, kind, device, seed) for seed in range(count)]
+
+
+def mean_active_experts(calls: Sequence[Call]) -> float:
+    """Experts that have a token, of a call on average."""
+    return sum(call.active_experts for call in calls) / len(calls)
+
+
 def measure_row(
     setup: Setup, layers: Mapping[str, Nvfp4MoE], found: Mapping[str, Peer], calls: Sequence[Call], stream: Any
 ) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def measure_row(
     left_out |= unprepared
     for name, reason in left_out.items():
         print(f"{name}, {tokens} tokens: left out, {reason}", flush=True)
-    active = sum(call.active_experts for call in calls) / count
+    active = mean_active_experts(calls)
     us, replays = harness.interleaved({name: one.graph for name, one in graphs.items()}, count)
     return {
         "tokens": tokens,
@@ -208,9 +221,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "results": [],
     }
 
-    def calls(tokens: int, count: int) -> list[Call]:
-        return [random_call(shape, tokens, args.routing, device, seed) for seed in range(count)]
-
     def keep(row: Mapping[str, Any]) -> None:
         print(json.dumps(row), flush=True)
         if args.output:
@@ -218,12 +228,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     stream = torch.cuda.Stream()
     for tokens in tokens_list:
-        count = args.routings or (32 if tokens <= LARGE else 8)
-        row = measure_row(setup, layers, found, calls(tokens, count), stream)
+        row = measure_row(setup, layers, found, calls_of(shape, tokens, args.routing, device, args.routings), stream)
         document["results"].append(row)
         keep(row)
     for row in document["results"]:
-        found_stages = stage_tables(setup, layers, calls(row["tokens"], STAGE_CALLS))
+        calls = calls_of(shape, row["tokens"], args.routing, device, STAGE_CALLS)
+        found_stages = stage_tables(setup, layers, calls)
         row |= found_stages
         keep({"tokens": row["tokens"], **found_stages})
     return document

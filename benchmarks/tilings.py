@@ -22,16 +22,16 @@ from unittest.mock import patch
 
 import harness
 import torch
-from gpu_layer import LARGE, captured
-from harness import BF16_TOLERANCE, Contender, Outputs
+from gpu_layer import calls_of, captured, mean_active_experts, our_contender
+from harness import Contender
 from peers.base import Setup
-from reference import BF16
 
 from dsv4.backends import hopper
 from dsv4.backends.hopper import Tiling
-from dsv4.cli._layer import Call, build_layer, random_call, random_weights
+from dsv4.cli._layer import Call, build_layer, random_weights
 from dsv4.cli._modes import MODES
 from dsv4.cli._shapes import SHAPES
+from dsv4.cli.compile import default_jobs, fill
 from dsv4.kernels.hopper.cache import ARCH, CACHE
 from dsv4.kernels.hopper.config import HopperConfig
 from dsv4.moe import Nvfp4MoE
@@ -76,15 +76,10 @@ def room_for(lines: Sequence[Tiling]) -> Iterator[None]:
 
 
 def contender(name: str, table: Sequence[Tiling], layer: Nvfp4MoE, calls: Sequence[Call]) -> Contender:
-    """The layer under another table; results go to one buffer."""
-    out = torch.empty_like(calls[0].hidden_states)
-
-    def run(index: int) -> Outputs:
-        call = calls[index]
-        with patch.object(hopper, "TILINGS", tuple(table)):
-            return (layer.run(call.hidden_states, call.topk_weights, call.topk_ids, out=out),)
-
-    return Contender(name, run, BF16, BF16_TOLERANCE)
+    """The layer, run under another table."""
+    return replace(
+        our_contender(MODE, layer, calls), name=name, context=lambda: patch.object(hopper, "TILINGS", tuple(table))
+    )
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -97,18 +92,16 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     setup = Setup(shape, weights, tuple(tokens_list), device, None)
     stream = torch.cuda.Stream()
     for tokens in tokens_list:
-        count = 32 if tokens <= LARGE else 8
-        calls = [random_call(shape, tokens, args.routing, device, seed) for seed in range(count)]
+        calls = calls_of(shape, tokens, args.routing, device)
         tables = {TABLE: hopper.TILINGS, **{text: (one,) for text, one in args.lines}}
         contenders = [contender(name, table, layer, calls) for name, table in tables.items()]
         graphs, _, left_out = captured(contenders, calls, setup, stream)
-        us, _ = harness.interleaved({name: one.graph for name, one in graphs.items()}, count)
-        active = sum(call.active_experts for call in calls) / count
+        us, _ = harness.interleaved({name: one.graph for name, one in graphs.items()}, len(calls))
         yield {
             "shape": args.shape,
             "tokens": tokens,
             "routing": args.routing,
-            "floor_us": round(harness.floor_us(shape, tokens, active), 1),
+            "floor_us": round(harness.floor_us(shape, tokens, mean_active_experts(calls)), 1),
             "us": dict(sorted(us.items(), key=lambda item: item[1])),
             "left_out": left_out,
         }
@@ -130,8 +123,8 @@ def main() -> None:
     """Compile, or measure and print."""
     args = parse()
     if args.compile:
-        for kernel in kernels(args.shape, [one for _, one in args.lines]):
-            CACHE.load(kernel, ARCH)
+        wanted = kernels(args.shape, [one for _, one in args.lines])
+        fill(CACHE, CACHE.missing(wanted, ARCH), ARCH, default_jobs())
         return
     for row in measure(args):
         print(json.dumps(row), flush=True)

@@ -3,7 +3,7 @@
 
     DSV4_CACHE_DIR=folder python scripts/hopper_test_kernels.py [--count]
 
-Takes minutes on one core and no GPU. Then, with the same folder as ``DSV4_CACHE_DIR`` on that machine, the tests of the
+Takes minutes and no GPU. Then, with the same folder as ``DSV4_CACHE_DIR`` on that machine, the tests of the
 ``hopper`` backend, of whole layers and of the vLLM plug-in find every kernel, as do ``benchmarks/gpu_layer.py`` for
 V4-Flash and V4-Pro and ``benchmarks/vllm_generate.py``. ``dsv4 compile`` does this for one model.
 """
@@ -20,6 +20,7 @@ from dsv4 import MoEConfig
 from dsv4.backends.hopper import kernels
 from dsv4.backends.proof import configurations
 from dsv4.cli._shapes import SHAPES
+from dsv4.cli.compile import default_jobs, fill
 from dsv4.config import RouteWeight
 from dsv4.kernels.hopper.cache import ARCH, CACHE
 from dsv4.kernels.hopper.config import HopperConfig
@@ -59,8 +60,8 @@ def main() -> None:
     needed = dict.fromkeys([*(kernel for layer in layers() for kernel in kernels(layer)), *sanitized()])
     missing = CACHE.missing(needed, ARCH)
     print(f"{len(needed)} kernels, {len(missing)} of them not in {CACHE.folder()}", flush=True)
-    for kernel in () if args.count else missing:
-        CACHE.load(kernel, ARCH)
+    if not args.count:
+        fill(CACHE, missing, ARCH, default_jobs())
 
 
 if __name__ == "__main__":

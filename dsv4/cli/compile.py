@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dsv4.kernels.blackwell.config import BlackwellConfig
     from dsv4.kernels.cutedsl.cache import KernelCache
     from dsv4.kernels.hopper.config import HopperConfig
-
 
 _MOST_JOBS = 8
 
@@ -50,8 +50,8 @@ def compile_kernels(
     layer = SHAPES[shape] if experts is None else replace(SHAPES[shape], num_experts=experts)
     cache, needed = (_hopper if arch == ARCH else _blackwell)(layer)
     missing = [kernel for kernel in needed if cache.lookup(kernel, arch) is None]
-    jobs = jobs or min(usable_cores(), _MOST_JOBS)
-    _compile(cache, missing, arch, jobs)
+    jobs = jobs or default_jobs()
+    fill(cache, missing, arch, jobs)
     seconds = time.perf_counter() - start
     result = {
         "folder": str(cache.folder()),
@@ -66,8 +66,13 @@ def compile_kernels(
         print(f"{len(needed)} kernels in {cache.folder()}, {len(missing)} compiled in {seconds:.1f} s")
 
 
-def _compile(cache: KernelCache, missing: list[Any], arch: str, jobs: int) -> None:
-    """Into the cache, by ``jobs`` processes.
+def default_jobs() -> int:
+    """Compilers at once where nobody says how many."""
+    return min(usable_cores(), _MOST_JOBS)
+
+
+def fill(cache: KernelCache, missing: Sequence[Any], arch: str, jobs: int) -> None:
+    """Compile kernels into their cache, by ``jobs`` processes.
 
     Raises:
         BackendError: there is no compiler, or one of the processes was ended.

@@ -46,7 +46,9 @@ def test_each_contender_runs_under_its_table(tilings):
     call = SimpleNamespace(hidden_states=torch.zeros(4, 8), topk_weights=None, topk_ids=None)
     line, table = tilings.line("16:1,1,2,1"), hopper.TILINGS
     for one in ((line,), table):
-        tilings.contender("", one, layer, [call]).run(0)
+        contender = tilings.contender("", one, layer, [call])
+        with contender.context():
+            contender.run(0)
     assert seen == [(line,), table]
     assert hopper.TILINGS is table
 

@@ -76,7 +76,7 @@ def test_a_compiler_that_is_ended(monkeypatch, tmp_path):
     monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
     kernels = hopper.kernels(MoEConfig(256, 4096, 2048, activation_format="bf16"))[:2]
     with pytest.raises(BackendError, match="try --jobs 1"):
-        compile._compile(replace(hopper_cache.CACHE, compiler=ended), kernels, "sm_90a", jobs=2)
+        compile.fill(replace(hopper_cache.CACHE, compiler=ended), kernels, "sm_90a", jobs=2)
 
 
 def test_compilers_share_the_work(monkeypatch, tmp_path):
@@ -86,7 +86,7 @@ def test_compilers_share_the_work(monkeypatch, tmp_path):
     family = replace(hopper_cache.CACHE, compiler=process_number)
     kernels = hopper.kernels(MoEConfig(256, 4096, 2048, activation_format="bf16"))[:6]
     monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
-    compile._compile(family, kernels, "sm_90a", jobs=2)
+    compile.fill(family, kernels, "sm_90a", jobs=2)
     found = {family.lookup(kernel, "sm_90a") for kernel in kernels}
     assert None not in found
     assert str(os.getpid()).encode() not in {cubin for cubin, _ in found}
