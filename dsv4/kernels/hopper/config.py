@@ -10,6 +10,8 @@ ROW_UNIT = 8
 """Rows of a row tile: an expert's rows are padded to it, and row groups are whole row tiles."""
 
 _PRODUCER_REGISTERS = 24
+"""The least that a producer thread keeps, where registers move to the consumers."""
+
 FEWEST_SLOTS, FEW_SLOTS = 16, 64
 """Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other;
 up to the lower number with fewer comparisons."""
@@ -73,7 +75,7 @@ class HopperConfig:
         For many tokens, and for several main loops of four warpgroups.
         """
         several = self.warpgroups == 4 and len(self.widths) > 1
-        return self.programs_per_sm == 1 < self.warpgroups and (self.tokens >= 128 or several)
+        return self.programs_per_sm == 1 and self.warpgroups > 1 and (self.tokens >= 128 or several)
 
     @property
     def threads(self) -> int:

@@ -131,9 +131,8 @@ class GroupedGemm:
         program, _, _ = cute.arch.block_idx()
         # Of the first tile, whether there is one or not: what waits for memory waits once.
         row, width, expert = self.row_group(program, n_tiles, group_expert, group_row)
-        count = ptx.load_i32(
-            num_groups
-        )  # times n_tiles where it is needed: what is live while registers move is spilled
+        # Multiplied with n_tiles where it is needed: ptxas spills what is live while registers move.
+        count = ptx.load_i32(num_groups)
         chunks = k_blocks // cfg.blocks
 
         if warp >= 4 * groups:
