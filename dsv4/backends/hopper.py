@@ -58,8 +58,11 @@ class Tiling:
 # Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets; from T = 1024 on
 # another one, in a process that replayed nothing but the lines of a row. A tiling is written as widths: warpgroups, K
 # blocks, stages, programs.
-#   T = 8 [142], 64 [639]: 8: 2,2,5,2 168, 732; 2,2,3,3 173, 749; 1,2,4,4 742; 4,1,5,2 755.
+#   T = 16 [259], 64 [634], 128 [775], since programs take tiles as they become free: 8: 2,2,5,2 284, 675, 845; 2,2,3,3
+#     287, 669, 846; 4,1,5,2 706, 876 (T = 64, 128); 1,2,5,3 289 (T = 16), 877 (T = 128). V4-Pro, T = 16, 32, 64 [716,
+#     1277, 2039]: 2,2,5,2 786, 1398, 2218; 2,2,3,3 810, 1372, 2202; 1,2,5,3 816, 1442, 2332.
 #   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
+#   T = 512 [816], likewise: 8, 16, 24: 2,2,3,2 1040; 4,2,4,1 1072; 16, 24: 2,2,3,2 1045; 4,2,4,1 1066.
 #   T = 1024 [816]: 24, 32, 40: 4,2,3,1 1185; 24, 32: 4,2,4,1 1204; 4,1,7,1 1257; 16, 24, 32: 4,2,4,1 1215.
 #   T = 2048 [816]: 48, 64: 4,1,5,1 1573; 4,1,6,1 1570; 40, 48, 64: 2,2,3,1 1695.
 #   T = 4096 [1602]: 80 to 112, 128: 2,1,5,1 2405; 80 to 128: 2420; 88 to 112, 128: 2472.
@@ -74,8 +77,10 @@ class Tiling:
 #     13770; 48, 80, 112, 128, 144, 160: 11475, 13567. Chosen likewise, 0.9 % more and 4.9 % less than the first; beside
 #     peers 11245, 13503.
 TILINGS = (
-    Tiling(4, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
+    Tiling(0.4, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
+    Tiling(4, (8,), (2, 2, 3, 3), (2, 2, 3, 3)),
     Tiling(9, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
+    Tiling(14, (8, 16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
     Tiling(16, (8, 16, 24), (4, 2, 4, 1), (4, 2, 4, 1)),
     Tiling(30, (24, 32, 40), (4, 2, 3, 1), (4, 2, 3, 1), (24, 40)),
     Tiling(40, (32, 48), (4, 2, 3, 1), (4, 2, 3, 1)),
@@ -93,7 +98,15 @@ TILINGS = (
 # V4-Pro, T = 1, 2 [50, 99]: 1,2,4,4 both 85, 136; 1,2,3,5 and 1,2,4,4 75, 128; 2,2,3,3 both 75, 136; 2,2,5,2 both 78,
 #   129. What counts is that all tiles run at once and that no multiprocessor has more of them than the others.
 ONE_WAVE = ((1, 2, 5, 3), (2, 2, 5, 2), (1, 2, 3, 5), (2, 2, 3, 3))
-"""For few tiles, in the first line of the table: the first of these whose programs, a tile each, run all at once."""
+"""For few tiles, where groups are narrowest: the first of these whose programs, a tile each, run all at once."""
+
+# Since programs take tiles as they become free, T = 4, 8, and V4-Pro T = 2, 4, 8, shapes of both products:
+#   1,2,5,3 91.5, 163.1, 116.3, 217.5, 432.5; 2,2,5,2 93.6, 163.8, 124.5, 220.7, 420.1; 1,2,3,5 95.5, 166.4, 122.8,
+#   222.0, 444.4; 2,2,3,3 94.5, 168.0, 134.5, 224.4, 421.5. 1,2,5,3 for GEMM 1 and 2,2,5,2 for GEMM 2 are worse than
+#   either for both: a program of the larger shape waits until two of the smaller have made room.
+FEW_TILES = 8
+"""Where not all tiles run at once, but a program of the smallest shape of ``ONE_WAVE`` has up to so many of either
+product: that shape."""
 
 
 class HopperBackend(PortableBackend):
@@ -214,7 +227,8 @@ class HopperBackend(PortableBackend):
 
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
-        waves = (self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg))
+        waves = [self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg)]
+        waves.append(FEW_TILES * self._at_once(ONE_WAVE[0]) / max(_row_tiles(cfg)))
         lines = (t.rows_per_expert * cfg.num_experts for t in TILINGS)
         return (*lines, *waves, FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
 
@@ -222,17 +236,19 @@ class HopperBackend(PortableBackend):
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
         slots = tokens * self.config.top_k
         line = next(t for t in TILINGS if slots / self.config.num_experts <= t.rows_per_expert)
-        if line is not TILINGS[0]:
+        if line.widths != TILINGS[0].widths:
             return line
-        shapes = [
-            next((shape for shape in few if slots * row_tiles <= self._at_once(shape)), otherwise)
-            for few, row_tiles, otherwise in zip(
-                (_one_wave(_requantizes(self.config)), ONE_WAVE),
-                _row_tiles(self.config),
-                (line.gemm1, line.gemm2),
-                strict=True,
-            )
-        ]
+        few = slots * max(_row_tiles(self.config)) <= FEW_TILES * self._at_once(ONE_WAVE[0])
+        shapes = []
+        for served, row_tiles, otherwise in zip(
+            (_one_wave(_requantizes(self.config)), ONE_WAVE),
+            _row_tiles(self.config),
+            (line.gemm1, line.gemm2),
+            strict=True,
+        ):
+            if few and ONE_WAVE[0] in served:
+                otherwise = ONE_WAVE[0]
+            shapes.append(next((shape for shape in served if slots * row_tiles <= self._at_once(shape)), otherwise))
         return replace(line, gemm1=shapes[0], gemm2=shapes[1])
 
     def _at_once(self, shape: tuple[int, int, int, int]) -> int:
@@ -254,6 +270,7 @@ class HopperBackend(PortableBackend):
             views["group_row"][: groups + 1],
             views["group_expert"][:groups],
             views["num_groups"],
+            views["taken"],
         )
         return self._tables(call, views, ROW_UNIT, schedule), schedule
 
@@ -378,7 +395,7 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
     """Every kernel that a layer may launch: what is compiled ahead of time."""
     needed, fewest = [], 0.0
     for line in TILINGS:
-        few = line is TILINGS[0]
+        few = line.widths == TILINGS[0].widths
         for shape in (*(_one_wave(_requantizes(config)) if few else ()), line.gemm1):
             quantized = (True, False) if config.quantizes_activations else (False,)
             firsts = [_gemm1_config(config, replace(line, gemm1=shape), quantize) for quantize in quantized]
@@ -414,6 +431,7 @@ def _plan(config: MoEConfig) -> BufferPlan:
         "group_row": ((groups + 1,), torch.int32),
         "group_expert": ((groups,), torch.int32),
         "num_groups": ((1,), torch.int32),
+        "taken": ((2,), torch.int32),
         "hist": ((histogram_size(slots, e),), torch.int32),
         "amax": ((2,), torch.float32),
         "row_scale": ((rows,), torch.float32),

@@ -79,6 +79,7 @@ def assert_filled(got: RowGroups, want: Expected) -> None:
     assert got.group_row[: groups + 1].tolist() == want.group_row
     assert got.group_expert[:groups].tolist() == want.group_expert
     assert got.num_groups.item() == groups
+    assert got.taken.tolist() == [0, 0]
 
 
 def poisoned_buffers(
@@ -101,6 +102,7 @@ def poisoned_buffers(
             group_row=poison(bound + 1),
             group_expert=poison(bound),
             num_groups=poison(1),
+            taken=poison(2),
         )
     return RoutingBuffers(
         poison(slots),

@@ -337,6 +337,7 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
         assert gemm1.requantized == requantized
         gemm2 = replace(_gemm2_config(config, line), wide_out=True)
         act = torch.full((rows * INTER,), 7.0, dtype=torch.bfloat16, device=device)
+        groups.taken.zero_()
         grouped_gemm(
             gemm1, image, row_scale, packed.experts, 0, packed.l1_gs, tiles, groups, act, rows=2 * INTER, k=H,
             result_gs=scales, **shared,

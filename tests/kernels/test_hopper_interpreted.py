@@ -109,6 +109,7 @@ def cases() -> list[Case]:
             group_row=table(want.group_row),
             group_expert=table(want.group_expert),
             num_groups=table([len(want.group_expert)]),
+            taken=table([0, 0]),
         )
         found.append(Case(unit, k, top_k, local, want, hard_rows(tokens, k), tiles, groups))
     return found

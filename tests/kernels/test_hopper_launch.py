@@ -54,6 +54,7 @@ def operands(config: HopperConfig) -> dict[str, Any]:
             group_row=table(GROUPS + 1),
             group_expert=table(GROUPS),
             num_groups=table(1),
+            taken=table(2),
         ),
         "out": out,
         "rows": ROWS,
@@ -90,7 +91,8 @@ def test_every_argument_of_a_launch(driver, config):
     assert got.grid == (GROUPS * tiles_along_n, 1, 1)
     assert got.block == (config.warpgroups * 128 + 32, 1, 1)
     most = config.widths[-1]
-    ring = config.stages * (config.blocks * (config.warpgroups * 4608 + most * 256) + 2 * 8)
+    # Weights and tokens, two barriers and the tile that begins there.
+    ring = config.stages * (config.blocks * (config.warpgroups * 4608 + most * 256) + 2 * 8 + 16)
     tables = 2 * most * 8  # slots and factors of a group's rows, of this one and the next
     if config.requantized:
         tables += -(-most // 16) * 16 * 4 * 16  # 16 bytes for each scale group of 64 of the result, by 16 rows
@@ -105,6 +107,7 @@ def test_every_argument_of_a_launch(driver, config):
         o["groups"].group_expert.data_ptr(),
         o["groups"].group_row.data_ptr(),
         o["groups"].num_groups.data_ptr(),
+        o["groups"].taken.data_ptr() + (0 if config.gated else 4),
         o["row_scale"].data_ptr(),
         o["topk_weights"].data_ptr(),
         o["out"].data_ptr(),
@@ -129,14 +132,14 @@ def test_what_is_not_given_is_null(driver):
     """Operands that the configuration does not read may be missing; no limit is zero."""
     launch.grouped_gemm(PLAIN, **operands(PLAIN) | dict.fromkeys(("row_scale", "topk_weights", "limit", "result_gs")))
     arguments = driver.launches[0].arguments
-    assert (arguments[7], arguments[8], arguments[13], arguments[14]) == (0, 0, 0.0, 0)
+    assert (arguments[8], arguments[9], arguments[14], arguments[15]) == (0, 0, 0.0, 0)
 
 
 def test_scales_of_experts_are_as_many_as_experts(driver):
     """A product whose operand was quantized under scales of experts takes those, one for each."""
     scales = torch.zeros(E)
     launch.grouped_gemm(SCALED, **operands(SCALED) | {"row_scale": scales})
-    assert driver.launches[0].arguments[7] == scales.data_ptr()
+    assert driver.launches[0].arguments[8] == scales.data_ptr()
 
 
 def test_programmatic_dependent_launch(driver):
@@ -190,6 +193,8 @@ def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, An
         (GATED, "group_row", tables("groups", group_row=lambda t: t[::2])),
         (PLAIN, "num_groups", tables("groups", num_groups=lambda t: t.long())),
         (PLAIN, "num_groups", tables("groups", num_groups=lambda t: t[:0])),
+        (GATED, "taken", tables("groups", taken=lambda t: t.long())),
+        (GATED, "taken", tables("groups", taken=lambda t: t[:1])),
         (GATED, "row_scale", lambda o: o.update(row_scale=None)),
         (GATED, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
         (SCALED, "row_scale", lambda o: o.update(row_scale=None)),

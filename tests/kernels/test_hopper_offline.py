@@ -95,23 +95,24 @@ def test_two_products_hand_over_an_image(line, mode):
     for product, widths in ((first, (requantized and line.quantizing) or line.widths), (second, line.widths)):
         assert f"widths={widths}," in product.cubin.decode()
         assert product.launch_attributes == [(6, 1)]  # it may begin before what it waits for has ended
-    assert first.arguments[3:7] == second.arguments[3:7]  # one schedule
+    assert first.arguments[3:7] == second.arguments[3:7]  # one schedule, of which each counts its own tiles
+    assert second.arguments[7] == first.arguments[7] + 4
     assert "gated=True" in first.cubin.decode()
     assert "gated=False" in second.cubin.decode()
-    assert first.arguments[9] == second.arguments[1]
-    assert (first.arguments[11], second.arguments[11]) == (h // 128, i // 128)
+    assert first.arguments[10] == second.arguments[1]
+    assert (first.arguments[12], second.arguments[12]) == (h // 128, i // 128)
     quantized = MODES[mode].get("activation_format") != "bf16"
     known = mode in ("static", "per-expert")
     assert f"row_scale={quantized}" in first.cubin.decode()
     assert f"row_scale={quantized and not known}" in second.cubin.decode()
-    assert bool(first.arguments[7]) == bool(second.arguments[7]) == quantized
+    assert bool(first.arguments[8]) == bool(second.arguments[8]) == quantized
     # Scales that are known ahead: GEMM 1 quantizes its result, and GEMM 2 multiplies by the same numbers.
     assert f"requantized={known}" in first.cubin.decode()
     assert f"expert_scale={known}" in second.cubin.decode()
     if known:
-        assert first.arguments[14] == second.arguments[7] != first.arguments[7]
+        assert first.arguments[15] == second.arguments[8] != first.arguments[8]
     assert f"weighted={mode == 'per-expert'}" in first.cubin.decode()
-    assert first.arguments[13] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
+    assert first.arguments[14] == pytest.approx(MODES[mode].get("swiglu_limit", 0.0))
     assert second.arguments[0] - first.arguments[0] == 2 * i * h * 9 // 16
     names = [stage.kernel.fn.__name__ for stage in stages]
     of_batch, of_expert, few = mode == "tensor", mode == "per-expert", tokens <= FEW_TOKENS
@@ -208,12 +209,16 @@ def test_what_is_launched_is_compiled_ahead(experts, mode):
 
 def test_few_tiles_run_at_once():
     """Of V4-Flash and V4-Pro: one token's products, and two of V4-Flash's, take the shape with the fewest programs that
-    are still one for each tile."""
+    are still one for each tile; some more the smallest, both products, up to 8 tiles a program; then the table's."""
     for (e, h, i), tokens, want in (
         ((256, 4096, 2048), 1, ((1, 2, 5, 3), (1, 2, 5, 3))),
         ((256, 4096, 2048), 2, ((2, 2, 3, 3), (2, 2, 3, 3))),
-        ((256, 4096, 2048), 3, (TILINGS[0].gemm1, TILINGS[0].gemm2)),
+        ((256, 4096, 2048), 3, ((1, 2, 5, 3), (1, 2, 5, 3))),
+        ((256, 4096, 2048), 8, ((1, 2, 5, 3), (1, 2, 5, 3))),
+        ((256, 4096, 2048), 9, (TILINGS[0].gemm1, TILINGS[0].gemm2)),
         ((384, 7168, 3072), 1, ((1, 2, 3, 5), (2, 2, 3, 3))),
+        ((384, 7168, 3072), 4, ((1, 2, 5, 3), (1, 2, 5, 3))),
+        ((384, 7168, 3072), 5, (TILINGS[0].gemm1, TILINGS[0].gemm2)),
     ):
         config = MoEConfig(e, h, i, top_k=6, activation_format="bf16")
         line = HopperBackend(config, torch.device("cpu"))._line(tokens)

@@ -29,6 +29,11 @@ def load_f32(address):
     return inline_ptx("ld.global.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
 
 
+def increment(address):
+    """Add one to a 32-bit integer in global memory, atomically: what it was before."""
+    return inline_ptx("atom.global.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[address])
+
+
 def store_b32(address, value):
     """Four bytes to global memory."""
     inline_ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[address, value])

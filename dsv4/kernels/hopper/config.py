@@ -113,10 +113,10 @@ class HopperConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a program: the pipeline, its barriers, two tables of row slots and factors, and one
-        of scale groups for every two warpgroups."""
+        """Dynamic shared memory of a program: the pipeline, its barriers, which tile begins in each stage, two tables
+        of row slots and factors, and one of scale groups for every two warpgroups."""
         tables = 2 * self.tokens * 8 + self.warpgroups // 2 * self.block_table_bytes
-        return self.stages * (self.stage_bytes + 16) + tables + 1024
+        return self.stages * (self.stage_bytes + 32) + tables + 1024
 
     def fitted(self, rows: int, k: int) -> HopperConfig:
         """The nearest one of whose tiles a ``rows x k`` matrix is made, where this one's do not fit a small matrix."""

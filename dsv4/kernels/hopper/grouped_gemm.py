@@ -21,7 +21,11 @@ One lane of a consumer warp says that a stage is free, behind a barrier of the w
 barrier, since the warp is together, so that compute-sanitizer's racecheck takes the other lanes' reads for unordered:
 for it every lane can say so for itself.
 
-**Schedule.** Persistent programs walk (row group, output tile) pairs, counted on the device.
+**Schedule.** Output tiles are (row group, ``64 * warpgroups`` rows of weights) pairs, counted on the device. Persistent
+programs begin with the tile of their own number; each further one is the lowest that no program has taken, a counter in
+global memory says which: groups differ in width, and multiprocessors in their share of the memory. The producer takes a
+tile as it begins to load the one before. It writes what consumers must know of the tile beside the first stage that it
+fills for it, so that the barrier they wait at anyway hands that over, and behind the last tile that there is none.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ class GroupedGemm:
         group_expert: Int64,
         group_row: Int64,
         num_groups: Int64,
+        taken: Int64,
         row_scale: Int64,
         topk_weights: Int64,
         out: Int64,
@@ -81,7 +86,7 @@ class GroupedGemm:
     ):
         cfg = self.config
         self.kernel(
-            experts, image, gs, row_slot, group_expert, group_row, num_groups, row_scale, topk_weights, out,
+            experts, image, gs, row_slot, group_expert, group_row, num_groups, taken, row_scale, topk_weights, out,
             expert_bytes, k_blocks, n_tiles, limit, result_gs,
         ).launch(
             grid=(grid, 1, 1), block=(cfg.threads, 1, 1), smem=cfg.shared_bytes, min_blocks_per_mp=cfg.programs_per_sm,
@@ -98,6 +103,7 @@ class GroupedGemm:
         group_expert: Int64,
         group_row: Int64,
         num_groups: Int64,
+        taken: Int64,
         row_scale: Int64,
         topk_weights: Int64,
         out: Int64,
@@ -128,11 +134,6 @@ class GroupedGemm:
         if cutlass.const_expr(cfg.follows_routing):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        program, _, _ = cute.arch.block_idx()
-        # Of the first tile, whether there is one or not: what waits for memory waits once.
-        row, width, expert = self.row_group(program, n_tiles, group_expert, group_row)
-        # Multiplied with n_tiles where it is needed: ptxas spills what is live while registers move.
-        count = ptx.load_i32(num_groups)
         chunks = k_blocks // cfg.blocks
 
         if warp >= 4 * groups:
@@ -140,15 +141,14 @@ class GroupedGemm:
                 cute.arch.setmaxregister_decrease(cfg.producer_registers)
             if tidx == 128 * groups:
                 self.produce(
-                    base, full, empty, count * n_tiles, k_blocks, row, width, expert, experts, image, group_expert,
-                    group_row, expert_bytes, n_tiles,
+                    base, full, empty, k_blocks, experts, image, group_expert, group_row, num_groups, taken,
+                    expert_bytes, n_tiles,
                 )  # fmt: skip
         else:
             if cutlass.const_expr(cfg.producer_group):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             self.consume(
-                base, full, empty, count * n_tiles, chunks, row, width, expert, gs, row_slot, group_expert, group_row,
-                row_scale, topk_weights, out, n_tiles, limit, result_gs,
+                base, full, empty, chunks, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit, result_gs,
             )  # fmt: skip
 
     @cute.jit
@@ -157,6 +157,12 @@ class GroupedGemm:
         group = Int64(tile // n_tiles) * 4
         row, end = ptx.load_i32(group_row + group), ptx.load_i32(group_row + group + 4)
         return row, end - row, ptx.load_i32(group_expert + group)
+
+    @cute.jit
+    def tile_of_stage(self, base, stage):
+        """Where four words say which tile begins in a stage: its number, then what :meth:`row_group` says of it."""
+        cfg = self.config
+        return base.toint() + cfg.stages * (cfg.stage_bytes + 16) + stage * 16
 
     @cute.jit
     def load_weights(self, at, weight, run_bytes, barrier):
@@ -175,8 +181,8 @@ class GroupedGemm:
 
     @cute.jit
     def produce(
-        self, base, full, empty, total, k_blocks, row, width, expert, experts, image, group_expert, group_row,
-        expert_bytes, n_tiles,
+        self, base, full, empty, k_blocks, experts, image, group_expert, group_row, num_groups, taken, expert_bytes,
+        n_tiles,
     ):  # fmt: skip
         """The producer thread: copies for one stage after the other, as consumers free them."""
         cfg = self.config
@@ -191,10 +197,14 @@ class GroupedGemm:
         weights_at = tokens_at + stages * token_bytes
 
         tile = program
+        # Of the first tile, whether there is one or not: what waits for memory waits once.
+        row, width, expert = self.row_group(tile, n_tiles, group_expert, group_row)
+        total = ptx.load_i32(num_groups) * n_tiles
         stage = Int32(0)
         phase = Int32(1)
         ahead = Int32(0)
         if tile < total:
+            ptx.shared_store_quad(self.tile_of_stage(base, stage), (tile, row, width, expert))
             # Weights depend on no other launch: the first stages are on their way before the tokens are there.
             weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
             token = image + Int64(row) * Int64(k_blocks * 256)
@@ -220,8 +230,12 @@ class GroupedGemm:
                 stage = Int32(0)
                 phase = Int32(0)
         while tile < total:
-            following = cutlass.min(tile + programs, total - 1)
-            next_row, next_width, next_expert = self.row_group(following, n_tiles, group_expert, group_row)
+            before = total
+            if total > programs:
+                before = ptx.increment(taken)
+            if ahead == 0:
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                ptx.shared_store_quad(self.tile_of_stage(base, stage), (tile, row, width, expert))
             weight = experts + Int64(expert) * expert_bytes + Int64((tile % n_tiles) * groups) * Int64(run_bytes)
             token = image + Int64(row) * Int64(k_blocks * 256)
             width_bytes = width * (cfg.blocks * 256)
@@ -240,32 +254,41 @@ class GroupedGemm:
                     stage = Int32(0)
                     phase ^= 1
             ahead = Int32(0)
-            row, width, expert = next_row, next_width, next_expert
-            tile += programs
+            # Only here: whatever is made of the counter's answer waits for it.
+            tile = before + programs
+            if tile < total:
+                row, width, expert = self.row_group(tile, n_tiles, group_expert, group_row)
+        cute.arch.mbarrier_wait(empty + stage, phase)
+        ptx.shared_store_word(self.tile_of_stage(base, stage), Int32(-1))
+        cute.arch.mbarrier_arrive(full + stage)
+
+    @cute.jit
+    def next_tile(self, base, full, stage, phase):
+        """``(number, first row, number of rows, expert)`` of the tile that begins in a stage; the number is -1 if none
+        does."""
+        cute.arch.mbarrier_wait(full + stage, phase)
+        return [word.bitcast(Int32) for word in ptx.shared_quad(self.tile_of_stage(base, stage))]
 
     @cute.jit
     def consume(
-        self, base, full, empty, total, chunks, row, width, expert, gs, row_slot, group_expert, group_row, row_scale,
-        topk_weights, out, n_tiles, limit, result_gs,
+        self, base, full, empty, chunks, gs, row_slot, row_scale, topk_weights, out, n_tiles, limit, result_gs,
     ):  # fmt: skip
         """A consumer warpgroup."""
         cfg = self.config
         groups, widths = cutlass.const_expr(cfg.warpgroups), cutlass.const_expr(cfg.widths)
         tidx, _, _ = cute.arch.thread_idx()
-        program, _, _ = cute.arch.block_idx()
-        programs, _, _ = cute.arch.grid_dim()
         group = cute.arch.make_warp_uniform(tidx // 32) // 4
-        tables = base.toint() + cfg.stages * (cfg.stage_bytes + 16)
+        tables = base.toint() + cfg.stages * (cfg.stage_bytes + 32)
 
         cute.arch.griddepcontrol_wait()  # for the scales of rows
         acc = cute.make_rmem_tensor((cfg.tokens // 2,), Float32)
         a = [cute.make_rmem_tensor(((2, 2, 2), 1, 4), BFloat16) for _ in range(2)]
-        tile = program
         stage = Int32(0)
         phase = Int32(0)
         table = Int32(0)
-        while tile < total:
-            # What the end of this tile and the beginning of the next one need is on its way meanwhile.
+        tile, row, width, expert = self.next_tile(base, full, stage, phase)
+        while tile >= 0:
+            # What the end of this tile needs is on its way meanwhile.
             slot, factor = Int32(-1), Float32(1.0)
             if tidx < width:
                 if cutlass.const_expr(not cfg.gated or cfg.weighted):
@@ -274,9 +297,6 @@ class GroupedGemm:
                     factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
                 if cutlass.const_expr(cfg.expert_scale):
                     factor = ptx.load_f32(row_scale + Int64(expert) * 4)
-            following = cutlass.min(tile + programs, total - 1)
-            next_row, next_width, next_expert = self.row_group(following, n_tiles, group_expert, group_row)
-
             at = tables + table * (cfg.tokens * 8)
             narrower = 0
             for w in cutlass.range_constexpr(len(widths)):
@@ -304,9 +324,8 @@ class GroupedGemm:
                             limit,
                         )  # fmt: skip
                 narrower = tokens
-            row, width, expert = next_row, next_width, next_expert
             table ^= 1
-            tile += programs
+            tile, row, width, expert = self.next_tile(base, full, stage, phase)
 
     @cute.jit
     def multiply(self, base, full, empty, chunks, stage, phase, acc, a, tokens: cutlass.Constexpr):
@@ -578,5 +597,5 @@ class GroupedGemm:
 
 def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str]:
     """Cubin and entry name of one configuration: no GPU is needed."""
-    arguments = (*[Int64(0)] * 11, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1))
+    arguments = (*[Int64(0)] * 12, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1))
     return compiler.compile_kernel(GroupedGemm(config), arguments, arch)[:2]

@@ -17,7 +17,7 @@ from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 
-GEMM_SIGNATURE = (ctypes.c_int64,) * 11 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_int64)
+GEMM_SIGNATURE = (ctypes.c_int64,) * 12 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_int64)
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
@@ -68,6 +68,7 @@ def _check_operands(
         ("group_row", groups.group_row, torch.int32, 2),
         ("group_expert", groups.group_expert, torch.int32, 1),
         ("num_groups", groups.num_groups, torch.int32, 1),
+        ("taken", groups.taken, torch.int32, 2),
         ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
     ]
     if config.row_scale or config.expert_scale:
@@ -144,6 +145,7 @@ def grouped_gemm(
         groups.group_expert.data_ptr(),
         groups.group_row.data_ptr(),
         groups.num_groups.data_ptr(),
+        groups.taken[0 if config.gated else 1].data_ptr(),
         row_scale.data_ptr() if row_scale is not None else 0,
         topk_weights.data_ptr() if topk_weights is not None else 0,
         out.data_ptr(),

@@ -239,7 +239,7 @@ def _route_and_scatter(
     expert_map,  # i32 [MAP_SIZE]
     num_valid,  # i32 [1]
     local_ids, amax, row_slot, tile_expert, num_tiles,  # see RoutingBuffers, TileMap
-    slot_row, tile_start, tile_rows, group_row, group_expert, num_groups,  # see RowGroups
+    slot_row, tile_start, tile_rows, group_row, group_expert, num_groups, taken,  # see RowGroups
     x, weights, scale, image, row_scale,  # see _scatter_rows
     experts,  # u8, if FETCH
     S, E, START, MAP_SIZE, HAS_VALID, num_rows, num_row_tiles, expert_bytes, run_bytes, row_tiles, fetched_tiles,
@@ -313,6 +313,7 @@ def _route_and_scatter(
             tl.store(num_tiles, used_tiles)
             tl.store(num_groups, used_groups)
             tl.store(group_row + used_groups, used_tiles * P)
+            tl.store(taken + tl.arange(0, 2), tl.zeros((2,), tl.int32))
             tl.store(amax + tl.arange(0, 2), tl.zeros((2,), tl.float32))
         elif FETCH:
             at, fetched = _first_weights(

@@ -93,12 +93,13 @@ def _place(
     row_slot,  # i32 [num_rows]
     tile_expert,  # i32 [num_row_tiles]
     num_tiles,  # i32 [1]
-    slot_row,  # i32 [S]; this and the next five if HAS_GROUPS
+    slot_row,  # i32 [S]; this and the next six if HAS_GROUPS
     tile_start,  # i32 [num_row_tiles]
     tile_rows,  # i32 [num_row_tiles]
     group_row,  # i32 [groups + 1]
     group_expert,  # i32 [groups]
     num_groups,  # i32 [1]
+    taken,  # i32 [2]
     S,
     E,
     START,
@@ -170,6 +171,7 @@ def _place(
             used_groups = tl.sum(groups, 0)
             tl.store(num_groups, used_groups)
             tl.store(group_row + used_groups, used_tiles * P)
+            tl.store(taken + tl.arange(0, 2), tl.zeros((2,), tl.int32))
 
     # Of a program's share of the experts: padding at the end of the last tile, and groups.
     share = (BINS + chunks - 1) // chunks
@@ -224,6 +226,8 @@ class RowGroups:
         group_row: int32 ``[groups + 1]``, first row of each group and, after the last, the number of rows.
         group_expert: int32 ``[groups]``.
         num_groups: int32 ``[1]``.
+        taken: int32 ``[2]``, for each of the two products the output tiles that programs have taken beyond their first
+            ones: set to zero here, counted by the products.
     """
 
     rows: int
@@ -233,12 +237,14 @@ class RowGroups:
     group_row: Tensor
     group_expert: Tensor
     num_groups: Tensor
+    taken: Tensor
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """As kernels take them."""
         return (
             self.slot_row, self.tile_start, self.tile_rows, self.group_row, self.group_expert, self.num_groups,
+            self.taken,
         )  # fmt: skip
 
 
@@ -356,7 +362,7 @@ def route(
     if config.count_first:
         _count[(chunks,)](*ids, hist, *sizes, **flags, BINS=bins, CHUNK=config.chunk, num_warps=4)
     tiles, groups = buffers.tiles, buffers.groups
-    grouped = groups.tables if groups is not None else (unused,) * 6
+    grouped = groups.tables if groups is not None else (unused,) * 7
     _place[(chunks,)](
         *ids, hist, buffers.local_ids, buffers.amax, tiles.row_slot, tiles.tile_expert, tiles.num_tiles,
         *grouped, *sizes, rows, rows // row_tile, chunks, groups.rows // row_tile if groups is not None else 1,
