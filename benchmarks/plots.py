@@ -103,7 +103,7 @@ def render(results: Path, output: Path) -> list[Path]:
     written = []
     for file in sorted(results.glob("h200_*.json")):
         document = json.loads(file.read_text(encoding="utf-8"))
-        if len(document["results"]) < LEAST_POINTS:
+        if len(document.get("results", ())) < LEAST_POINTS:
             continue
         unknown = [n for row in document["results"] for n in row["us"] if n not in MODES and peer_of(n) is None]
         if unknown:

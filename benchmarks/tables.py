@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import PEERS, best, peer_of
+from vllm_generate import SETTINGS
 
 from dsv4.cli._modes import MODES
 from dsv4.cli._output import count_of, write_text
@@ -145,6 +146,32 @@ def vllm_layers_table(document: dict[str, Any]) -> str:
     return f"{_markdown(rows)}\n\n{source}"
 
 
+def vllm_generate_table(document: dict[str, Any]) -> str:
+    """Markdown of ``vllm_generate.py``: decoding and prefill of each setting, beside the first one."""
+    runs = document["runs"]
+    base = next(iter(runs))
+    labels = {name: f"{SETTINGS[name].label} ({', '.join(run['experts'])})" for name, run in runs.items()}
+    rows = [["sequences", *(f"{label}: decode, prefill" for label in labels.values())]]
+    for row, first in enumerate(runs[base]["results"]):
+        cells = [str(first["batch"])]
+        for name, run in runs.items():
+            parts = []
+            for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+                speed = run["results"][row][kind]
+                ratio = "" if name == base else f" ({speed / first[kind]:.2f}x)"
+                parts.append(f"{speed:,.0f}{ratio}")
+            cells.append(", ".join(parts))
+        rows.append(cells)
+    model = document["model"]
+    source = (
+        f"Tokens per second, {document['prompt']} in and {document['tokens']} out; a Qwen3-MoE model of "
+        f"{model['layers']} layers with random weights ({model['experts']} experts, {model['hidden']} x "
+        f"{model['intermediate']}, top-{model['top_k']}), {document['attention']}; {runs[base]['gpu']}, vLLM "
+        f"{runs[base]['vllm']}, torch {runs[base]['torch']}, commit {document['commit']}."
+    )
+    return f"{_markdown(rows)}\n\n{source}"
+
+
 _SOURCES = {"dense": "bf16", "mxfp4": "MXFP4"}
 
 
@@ -174,6 +201,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:h200_v4_pro_hopper": ("h200_v4_pro_hopper.json", gpu_layer_table),
     "bench:h200_v4_pro_hopper_zipf": ("h200_v4_pro_hopper_zipf.json", gpu_layer_table),
     "bench:h200_vllm_layers": ("h200_vllm_layers.json", vllm_layers_table),
+    "bench:h200_vllm_generate": ("h200_vllm_generate.json", vllm_generate_table),
     "bench:convert": ("convert.json", convert_table),
     "demo": ("demo.json", demo_table),
 }

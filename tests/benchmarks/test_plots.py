@@ -64,11 +64,13 @@ def test_roofline(plots, axes):
 
 
 def test_files(plots, tmp_path):
-    """Two small PNGs for every document with enough points; an unknown contender is an error, and no picture."""
+    """Two small PNGs for every document with enough points, which one of whole models has not; an unknown contender is
+    an error, and no picture."""
     results, output = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     (results / "h200_a.json").write_text(json.dumps(DOCUMENT))
     (results / "h200_b.json").write_text(json.dumps(DOCUMENT | {"results": ROWS[:2]}))
+    (results / "h200_c.json").write_text(json.dumps({"runs": {}}))
     written = plots.render(results, output)
     assert [path.name for path in written] == ["h200_a_time.png", "h200_a_roofline.png"]
     assert sorted(output.iterdir()) == sorted(written)

@@ -169,6 +169,39 @@ def test_layers_in_vllm(tmp_path, tables):
     assert "Abacus 9, vLLM 0.99, torch 2.99, Triton 3.99, dsv4 portable, commit 0123456" in text
 
 
+def test_whole_models_in_vllm(tmp_path, tables):
+    """Decoding and prefill of each setting, with what computed its experts; ratios against the first one."""
+
+    def run(experts: str, *speeds: tuple[float, float]) -> dict[str, object]:
+        rows = [
+            {"batch": batch, "decode_tokens_per_s": decode, "prefill_tokens_per_s": prefill}
+            for batch, (decode, prefill) in zip((1, 64), speeds, strict=True)
+        ]
+        return {"vllm": "0.99", "torch": "2.99", "gpu": "Abacus 9", "experts": [experts], "results": rows}
+
+    document = {
+        "commit": "0123456",
+        "model": {"layers": 3, "hidden": 64, "intermediate": 32, "experts": 8, "top_k": 2},
+        "prompt": 16,
+        "tokens": 17,
+        "attention": "ABACUS",
+        "runs": {
+            "vllm": run("MarlinExperts", (500.0, 4000.0), (8000.4, 1e5)),
+            "dsv4-w4a16": run("Nvfp4Experts (hopper)", (600.0, 3000.0), (8000.4, 15e4)),
+        },
+    }
+    (tmp_path / "h200_vllm_generate.json").write_text(json.dumps(document))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:h200_vllm_generate -->\n<!-- /bench -->\n")
+    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
+    text = readme.read_text()
+    assert "vLLM's own (MarlinExperts): decode, prefill | dsv4 W4A16 (Nvfp4Experts (hopper)): decode, prefill" in text
+    assert "| 1 | 500, 4,000 | 600 (1.20x), 3,000 (0.75x) |" in text
+    assert "| 64 | 8,000, 100,000 | 8,000 (1.00x), 150,000 (1.50x) |" in text
+    assert "16 in and 17 out; a Qwen3-MoE model of 3 layers" in text
+    assert "Abacus 9, vLLM 0.99, torch 2.99, commit 0123456" in text
+
+
 def test_conversions(tmp_path, tables):
     """A row for each converter of each source: its rate, its memory, and what part of the source it had."""
     runs = [
