@@ -6,8 +6,8 @@
 A line is widths, then warpgroups, K blocks, stages and programs of a multiprocessor, for both products; beside the
 lines asked for stands the table as it is. W4A16, each proven against the reference before its time counts, replayed in
 turn in one process. ``--compile`` fills the kernel cache on a machine with the DSL, a GPU is not needed; whether ptxas
-waits for every single wgmma, as it does with too many widths, shows in the time alone. Calls whose tiles all run at
-once take shapes of their own and are no use here.
+waits for every single wgmma, as it does with too many widths, shows in the time alone. Calls of few tiles take
+shapes of their own (``ONE_WAVE``, ``FEW_TILES``) and are no use here.
 """
 
 from __future__ import annotations

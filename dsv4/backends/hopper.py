@@ -106,7 +106,7 @@ ONE_WAVE = ((1, 2, 5, 3), (2, 2, 5, 2), (1, 2, 3, 5), (2, 2, 3, 3))
 #   either for both: a program of the larger shape waits until two of the smaller have made room.
 FEW_TILES = 8
 """Where not all tiles run at once, but a program of the smallest shape of ``ONE_WAVE`` has up to so many of either
-product: that shape."""
+product: that shape, but for a GEMM 1 that wants an even number of warpgroups."""
 
 
 class HopperBackend(PortableBackend):
@@ -236,7 +236,7 @@ class HopperBackend(PortableBackend):
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
         slots = tokens * self.config.top_k
         line = next(t for t in TILINGS if slots / self.config.num_experts <= t.rows_per_expert)
-        if line.widths != TILINGS[0].widths:
+        if not _narrowest(line):
             return line
         few = slots * max(_row_tiles(self.config)) <= FEW_TILES * self._at_once(ONE_WAVE[0])
         shapes = []
@@ -361,6 +361,11 @@ def _row_tiles(config: MoEConfig) -> tuple[int, int]:
     return 2 * config.intermediate_size // 64, config.hidden_size // 64
 
 
+def _narrowest(line: Tiling) -> bool:
+    """Whether few tiles take shapes of their own in this line."""
+    return line.widths == TILINGS[0].widths
+
+
 def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
     """Of ``ONE_WAVE``, those with an even number of warpgroups, if a scale group of the result is to lie in two."""
     return [shape for shape in ONE_WAVE if not (even and shape[0] % 2)]
@@ -395,7 +400,7 @@ def kernels(config: MoEConfig) -> list[HopperConfig]:
     """Every kernel that a layer may launch: what is compiled ahead of time."""
     needed, fewest = [], 0.0
     for line in TILINGS:
-        few = line.widths == TILINGS[0].widths
+        few = _narrowest(line)
         for shape in (*(_one_wave(_requantizes(config)) if few else ()), line.gemm1):
             quantized = (True, False) if config.quantizes_activations else (False,)
             firsts = [_gemm1_config(config, replace(line, gemm1=shape), quantize) for quantize in quantized]

@@ -17,6 +17,7 @@ from dsv4.backends.hopper import ONE_WAVE, TILINGS, _gemm1_config, _gemm2_config
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper.config import ROW_UNIT
 from dsv4.kernels.hopper.layout import matrix_bytes
+from dsv4.moe import Nvfp4MoE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +34,8 @@ EVERY_MODE: dict[str, dict[str, Any]] = MODES | {
     "w4a4-per-expert": MODES["w4a4-static"] | {"l1_scale_policy": "per_expert"},
 }
 LINES = pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
+TILES = pytest.mark.parametrize("several", [False, True], ids=["a-tile-each", "several-tiles-each"])
+"""Of a program. Layers as small as these have fewer tiles than a GPU has places for programs."""
 
 
 def target() -> tuple[str, torch.device]:
@@ -49,9 +52,20 @@ def input_scales(mode: str, experts: int) -> dict[str, Any]:
     }
 
 
+def with_few_programs(moe: Nvfp4MoE) -> None:
+    """Launch from now on as for a GPU of one multiprocessor: programs take one tile after the other."""
+    moe._backend._multiprocessors = 1
+
+
+def taken(moe: Nvfp4MoE) -> list[int]:
+    """How often programs have asked for another tile in the last call, for each product."""
+    return moe._backend._plan.views(moe._scratch)["taken"].tolist()
+
+
+@TILES
 @LINES
 @pytest.mark.parametrize("mode", EVERY_MODE)
-def test_every_line_matches_the_oracle(line, mode):
+def test_every_line_matches_the_oracle(line, mode, several):
     """The largest call of each line, with dropped ids, a skewed expert and an idle one, is within the bar."""
     tokens, experts = largest_call(TILINGS, line, K)
     weights, scales = random_weights(experts, H, INTER, seed=1, split_gate_up=True), input_scales(mode, experts)
@@ -60,6 +74,8 @@ def test_every_line_matches_the_oracle(line, mode):
     ids[1::7, 0] = -1
     settings = EVERY_MODE[mode] | {"swiglu_limit": 2.0}
     moe = build(target(), weights, top_k=K, max_num_tokens=max(tokens, 16), **scales, **settings)
+    if several:
+        with_few_programs(moe)
     args = on(target()[1], x, w, ids)
     if mode == "w4a4-calibrated":
         l1, l2 = moe.compute_activation_global_scales(*args)
@@ -67,6 +83,7 @@ def test_every_line_matches_the_oracle(line, mode):
         settings |= {"activation_scale": "static"}
     out = poisoned(tokens, H, target()[1])
     moe.run(*args, out=out)
+    assert (min(taken(moe)) > 0) == several
     want = nearest_reference(out.cpu(), x, w, ids, weights, **scales, **({"activation_scale": "static"} | settings))
     assert relative_l2(out.cpu(), want) <= BAR
 
@@ -74,8 +91,8 @@ def test_every_line_matches_the_oracle(line, mode):
 @LINES
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
 def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
-    """A graph of each line's largest call gives eager's bits for fresh routings; each token of it those that it has
-    alone, with ``batch_invariant``."""
+    """A graph of each line's largest call, whose programs take one tile after the other, gives the bits of a call whose
+    programs have one each, for fresh routings; each token of it those that it has alone, with ``batch_invariant``."""
     tokens, experts = largest_call(TILINGS, line, K)
     moe = build(
         target(), random_weights(experts, H, INTER, seed=1), top_k=K, max_num_tokens=tokens, batch_invariant=True,
@@ -83,10 +100,13 @@ def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
     )  # fmt: skip
     args = on(target()[1], *inputs(tokens, H, K, experts))
     out = poisoned(tokens, H, target()[1], torch.float32)
+    multiprocessors = moe._backend._multiprocessors
+    with_few_programs(moe)
     moe.warmup((1, tokens))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         moe.run(*args, out=out)
+    moe._backend._multiprocessors = multiprocessors
     for seed in (1, 2, 3):
         for old, new in zip(args, inputs(tokens, H, K, experts, seed=seed), strict=True):
             old.copy_(new)
@@ -96,6 +116,7 @@ def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
             args[2][::2] = -1
         out.fill_(torch.nan)
         graph.replay()
+        assert min(taken(moe)) > 0 or seed == 3
         assert torch.equal(out, moe.run(*args, out_dtype=torch.float32)), seed
     for t in {0, tokens // 2, tokens - 1}:
         alone = moe.run(*(a[t : t + 1] for a in args), out_dtype=torch.float32)
@@ -114,23 +135,29 @@ def no_self_check(monkeypatch) -> Iterator[None]:
 @pytest.mark.usefixtures("no_self_check")
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-token", "w4a4-static"])
 @LINES
-def test_sanitize(line, mode):
+@TILES
+def test_sanitize(line, mode, several):
     """One call of every line and format, a small one, writes all of its result: for compute-sanitizer."""
     top_k = 1
     tokens, experts = largest_call(TILINGS, line, top_k)
     weights = random_weights(experts, 256, 128, seed=1)
     moe = build(target(), weights, top_k=top_k, max_num_tokens=tokens, swiglu_limit=2.0, **SCALES, **MODES[mode])
+    if several:
+        with_few_programs(moe)
     out = poisoned(tokens, 256, target()[1])
     moe.run(*on(target()[1], *inputs(tokens, 256, top_k, experts)), out=out)
     assert out.isfinite().all()
+    assert (min(taken(moe)) > 0) == several
 
 
 @pytest.mark.usefixtures("no_self_check")
 @pytest.mark.parametrize(("hidden", "inter"), [(LONG, 128), (128, LONG)])
 @LINES
-def test_sanitize_long_k(line, hidden, inter, monkeypatch):
-    """One expert, few tiles, and a K for which each pipeline is filled more than once, in either product. Every lane
-    says for itself that it has read a stage: racecheck does not see that one says it for a warp that is together."""
+@TILES
+def test_sanitize_long_k(line, hidden, inter, several, monkeypatch):
+    """One expert, few tiles, and a K for which each pipeline is filled more than once, in either product, of which the
+    one with the short K takes several tiles a program where it is asked to. Every lane says for itself that it has
+    read a stage: racecheck does not see that one says it for a warp that is together."""
     from dsv4.kernels.hopper import launch
 
     load = launch.gemm_kernel
@@ -140,9 +167,12 @@ def test_sanitize_long_k(line, hidden, inter, monkeypatch):
     tokens = largest_call(TILINGS, line, 1)[0] // 8
     weights = random_weights(1, hidden, inter, seed=1)
     moe = build(target(), weights, top_k=1, max_num_tokens=max(tokens, 1), **SCALES, **MODES["w4a4-static"])
+    if several:
+        with_few_programs(moe)
     out = poisoned(max(tokens, 1), hidden, target()[1])
     moe.run(*on(target()[1], *inputs(max(tokens, 1), hidden, 1, 1)), out=out)
     assert out.isfinite().all()
+    assert (max(taken(moe)) > 0) == several
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
@@ -162,14 +192,17 @@ def test_every_shape_for_few_tiles_matches_the_oracle(shape, mode, monkeypatch):
         assert relative_l2(out.cpu(), want) <= BAR
 
 
+@TILES
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
-def test_layers_behind_one_another(mode):
+def test_layers_behind_one_another(mode, several):
     """A graph of calls of few slots on one workspace, each launched before the one before has ended, gives the bits of
     calls that wait for each other, with fresh inputs and routings in every replay."""
     moe = build(
         target(), random_weights(16, H, INTER, seed=1), top_k=K, max_num_tokens=32, swiglu_limit=2.0, **SCALES,
         **MODES[mode],
     )  # fmt: skip
+    if several:
+        with_few_programs(moe)
     sizes = (1, 2, 10, 1, 32, 8, 1)
     calls = [on(target()[1], *inputs(tokens, H, K, 16, seed=i)) for i, tokens in enumerate(sizes)]
     outs = [poisoned(tokens, H, target()[1]) for tokens in sizes]
@@ -296,9 +329,10 @@ def test_quantized_images_are_quantized_rows(line, source):
     assert torch.equal(in_place, of_row)
 
 
+@TILES
 @pytest.mark.parametrize("weight", ["output", "before_down"])
 @LINES
-def test_results_quantized_on_the_way_are_quantized_results(line, weight):
+def test_results_quantized_on_the_way_are_quantized_results(line, weight, several):
     """GEMM 1 that quantizes its result gives, in every row that a slot fills, the bits that GEMM 1 and quantizing its
     image give, rows with NaN, Inf and zeros among them; and GEMM 2 makes the same of both, its scales by expert or by
     row."""
@@ -327,7 +361,7 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
     image, row_scale = torch.zeros(rows * H, dtype=torch.bfloat16, device=device), torch.ones(rows, device=device)
     scatter_rows(x, image, row_scale, groups, tables.local_ids, ROW_UNIT, 1, source=ScaleSource.ROW)
     scales = torch.linspace(0.03, 0.0005, experts, device=device)
-    shared: dict[str, Any] = {"multiprocessors": 132, "topk_weights": w, "limit": 2.0}
+    shared: dict[str, Any] = {"multiprocessors": 1 if several else 132, "topk_weights": w, "limit": 2.0}
     found = []
     for requantized in (True, False):
         config = MoEConfig(
@@ -351,6 +385,7 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight):
             gemm2, act, of_rows, packed.experts, offset, packed.l2_gs, tiles, groups, out, rows=H, k=INTER, **shared
         )
         found.append((act, out))
+        assert (min(groups.taken.tolist()) > 0) == several
     want = expected(ids.flatten().tolist(), experts, ROW_UNIT, line.widths[-1])
     for group in want.groups():
         served = torch.tensor(want.row_slot[group.start : group.stop], device=device) >= 0

@@ -209,7 +209,8 @@ def test_what_is_launched_is_compiled_ahead(experts, mode):
 
 def test_few_tiles_run_at_once():
     """Of V4-Flash and V4-Pro: one token's products, and two of V4-Flash's, take the shape with the fewest programs that
-    are still one for each tile; some more the smallest, both products, up to 8 tiles a program; then the table's."""
+    are still one for each tile; some more the smallest, both products, up to 8 tiles a program; then the table's. A
+    GEMM 1 that quantizes its result takes none with one warpgroup."""
     for (e, h, i), tokens, want in (
         ((256, 4096, 2048), 1, ((1, 2, 5, 3), (1, 2, 5, 3))),
         ((256, 4096, 2048), 2, ((2, 2, 3, 3), (2, 2, 3, 3))),
@@ -223,6 +224,9 @@ def test_few_tiles_run_at_once():
         config = MoEConfig(e, h, i, top_k=6, activation_format="bf16")
         line = HopperBackend(config, torch.device("cpu"))._line(tokens)
         assert (line.gemm1, line.gemm2) == want
+        static = HopperBackend(MoEConfig(e, h, i, top_k=6), torch.device("cpu"))._line(tokens)
+        assert static.gemm1 == want[0] if want[0][0] % 2 == 0 else static.gemm1[0] % 2 == 0
+        assert static.gemm2 == want[1]
 
 
 def test_without_the_dsl_it_declines_unless_every_kernel_is_cached(monkeypatch):
@@ -261,14 +265,15 @@ def test_the_pack_kernel_compiles_for_hopper(gated, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "static", "token"])
-@pytest.mark.parametrize(("experts", "top_k"), [(96, 5), (4, 2)])
-def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k):
-    """The budgets that a layer warms up by default launch every variant of every kernel that any call launches."""
-    most = 700
-    config = MoEConfig(experts, 128, 128, max_num_tokens=most, top_k=top_k, **MODES[mode])
+@pytest.mark.parametrize(("experts", "top_k", "size"), [(96, 5, 128), (4, 2, 128), (64, 2, 2048)])
+def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k, size):
+    """The budgets that a layer warms up by default launch every variant of every kernel that any call launches; with
+    the largest size here all of the shapes for few tiles."""
+    most = 700 if size == 128 else 40
+    config = MoEConfig(experts, size, size, max_num_tokens=most, top_k=top_k, **MODES[mode])
     backend, packed, scratch, scales = on_paper(config)
     whole = [
-        torch.zeros(most, n, dtype=d) for n, d in ((128, torch.bfloat16), (top_k, torch.float32), (top_k, torch.int32))
+        torch.zeros(most, n, dtype=d) for n, d in ((size, torch.bfloat16), (top_k, torch.float32), (top_k, torch.int32))
     ]
 
     def variants(tokens: int) -> set[tuple[object, ...]]:

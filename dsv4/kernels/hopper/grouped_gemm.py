@@ -254,7 +254,6 @@ class GroupedGemm:
                     stage = Int32(0)
                     phase ^= 1
             ahead = Int32(0)
-            # Only here: whatever is made of the counter's answer waits for it.
             tile = before + programs
             if tile < total:
                 row, width, expert = self.row_group(tile, n_tiles, group_expert, group_row)
@@ -280,7 +279,9 @@ class GroupedGemm:
         group = cute.arch.make_warp_uniform(tidx // 32) // 4
         tables = base.toint() + cfg.stages * (cfg.stage_bytes + 32)
 
-        cute.arch.griddepcontrol_wait()  # for the scales of rows
+        # For the scales of rows. And in every program, also one without a tile: this launch must not end before the one
+        # that it follows, since whoever waits for this one has waited for that one, too.
+        cute.arch.griddepcontrol_wait()
         acc = cute.make_rmem_tensor((cfg.tokens // 2,), Float32)
         a = [cute.make_rmem_tensor(((2, 2, 2), 1, 4), BFloat16) for _ in range(2)]
         stage = Int32(0)

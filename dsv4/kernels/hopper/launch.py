@@ -118,7 +118,8 @@ def grouped_gemm(
         offset: first byte of the matrix.
         gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
         tiles: rows and their experts, with row tiles of ``ROW_UNIT``.
-        groups: the schedule, with groups of up to ``config.tokens`` rows.
+        groups: the schedule, with groups of up to ``config.tokens`` rows. Its counters of tiles are zero: routing
+            serves one launch of either product.
         out: the next image, or ``[S, rows]``.
         rows: of the matrix, a multiple of ``64 * config.warpgroups``.
         k: a multiple of ``128 * config.blocks``.

@@ -226,8 +226,8 @@ class RowGroups:
         group_row: int32 ``[groups + 1]``, first row of each group and, after the last, the number of rows.
         group_expert: int32 ``[groups]``.
         num_groups: int32 ``[1]``.
-        taken: int32 ``[2]``, for each of the two products the output tiles that programs have taken beyond their first
-            ones: set to zero here, counted by the products.
+        taken: int32 ``[2]``, for each of the two products how often a program has asked for another output tile than
+            its first: set to zero here, counted by the products where they have more tiles than programs.
     """
 
     rows: int
