@@ -1,4 +1,5 @@
-/* One program (CTA) of a PTX kernel, each thread a fiber, run in random order; TMA boxes arrive at random times too.
+/* The programs (CTAs) of a PTX kernel, one after the other, each thread a fiber, run in random order; what TMA loads
+   arrives at random times too.
    What PTX leaves to the machine is as unkind as it may be: shared memory begins as NaNs, and threads that need not
    wait for one another do not. Addresses in shared memory are checked, those in global memory are not but for their
    alignment. Included by kernels translated by ptx_on_cpu.py, after THREADS. */
@@ -16,8 +17,9 @@
 
 typedef struct { uint64_t address, sizes[5], strides[5]; uint32_t box[5], rank, element, swizzle; } map_t;
 typedef struct { int16_t pending, count; int32_t bytes_and_phase; } barrier_t; /* bytes << 1 | phase */
-typedef struct { uint32_t values[2][32], arrived, generation; } warp_t;
-typedef struct { uint32_t target, barrier; const map_t *map; int32_t at[5]; } load_t;
+#define WORDS 6 /* that a thread shows the others at a time, at most: its part of both operands of mma */
+typedef struct { uint32_t values[2][WORDS][32], arrived, generation; } warp_t;
+typedef struct { uint32_t target, barrier; const map_t *map; int32_t at[5]; uint64_t from; uint32_t bytes; } load_t;
 
 static uint8_t *shared;
 static uint32_t shared_size, program, programs, current, alive, progress, pending_loads, error;
@@ -25,7 +27,7 @@ static const uint64_t *parameters;
 static const map_t *maps;
 static ucontext_t scheduler, fibers[THREADS];
 static uint8_t finished[THREADS], *stacks;
-static warp_t warps[THREADS / 32], block;
+static warp_t warps[THREADS / 32], blocks[16];
 static load_t loads[1024];
 static uint64_t random_state;
 static char *message;
@@ -55,18 +57,20 @@ static void *at_global(uint64_t address, uint32_t size) {
 }
 
 /* Threads together. */
-static const uint32_t *meet(warp_t *group, uint32_t members, uint32_t value) {
-  uint32_t generation = group->generation, *values = group->values[generation & 1];
-  values[current & 31] = value;
+typedef const uint32_t (*shown_t)[32];
+static shown_t meet(warp_t *group, uint32_t members, const uint32_t *own, uint32_t words) {
+  uint32_t generation = group->generation, (*values)[32] = group->values[generation & 1];
+  for (uint32_t i = 0; i < words; i++) values[i][current & 31] = own[i];
   if (++group->arrived == members) {
     group->arrived = 0;
     group->generation++;
     progress++;
   } else
     while (group->generation == generation) yield_();
-  return values;
+  return (shown_t)values;
 }
-static const uint32_t *warp(uint32_t value) { return meet(&warps[current / 32], 32, value); }
+static shown_t warp_of(const uint32_t *own, uint32_t words) { return meet(&warps[current / 32], 32, own, words); }
+static const uint32_t *warp(uint32_t value) { return warp_of(&value, 1)[0]; }
 static uint32_t shuffle_up(uint32_t value, uint32_t by) {
   const uint32_t *values = warp(value);
   uint32_t lane = current & 31;
@@ -128,6 +132,19 @@ static void carry_out(load_t *load) {
   b->bytes_and_phase -= (int32_t)total << 1;
   settle(b);
 }
+static void carry_out_bulk(load_t *load) {
+  if (load->target % 16 || load->from % 16 || load->bytes % 16)
+    fail("%u bytes from %#lx to shared address %d", load->bytes, load->from, (int)(load->target - SHARED_AT));
+  for (uint32_t i = 0; i < load->bytes; i += 16)
+    memcpy(at_shared(load->target + i, 16), at_global(load->from + i, 16), 16);
+  barrier_t *b = at_shared(load->barrier, 8);
+  b->bytes_and_phase -= (int32_t)load->bytes << 1;
+  settle(b);
+}
+static void bulk(uint32_t target, uint64_t from, uint32_t bytes, uint32_t barrier) {
+  if (pending_loads == 1024) fail("too many loads");
+  loads[pending_loads++] = (load_t){.target = target, .barrier = barrier, .from = from, .bytes = bytes};
+}
 static void tma(uint32_t target, uint64_t map, uint32_t barrier, int count, ...) {
   if (pending_loads == 1024) fail("too many loads");
   load_t *load = &loads[pending_loads++];
@@ -170,6 +187,58 @@ static uint32_t e4m3(float v) {
   return byte | (signbit(v) ? 128 : 0);
 }
 
+static uint32_t bf16x2(uint32_t a, uint32_t b, float (*of)(float, float)) {
+  return bf16(of(f(a << 16), f(b << 16))) | bf16(of(f(a & 0xFFFF0000), f(b & 0xFFFF0000))) << 16;
+}
+static float times(float a, float b) { return a * b; }
+static uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  uint32_t low = (a & 0xFFFF) > (b & 0xFFFF) ? a & 0xFFFF : b & 0xFFFF;
+  return low | ((a >> 16) > (b >> 16) ? a >> 16 : b >> 16) << 16;
+}
+static uint32_t permute(uint32_t a, uint32_t b, uint32_t selectors) {
+  uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32_t result = 0;
+  for (uint32_t i = 0; i < 4; i++) {
+    uint32_t selector = selectors >> 4 * i & 15, byte = bytes >> 8 * (selector & 7) & 255;
+    if (selector & 8) byte = byte & 128 ? 255 : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
+/* Matrices of a warp. Of 8x8 16-bit values lane l has row l / 4, columns 2 (l % 4) and the next. */
+static void load_matrices(uint32_t address, uint32_t *result) {
+  uint32_t lane = current & 31;
+  const uint32_t *lines = warp(address);
+  for (uint32_t i = 0; i < 4; i++) {
+    uint32_t line = lines[8 * i + lane / 4];
+    at_shared(line, 16);
+    result[i] = *(uint32_t *)at_shared(line + lane % 4 * 4, 4);
+  }
+}
+static uint32_t transpose(uint32_t value) {
+  const uint32_t *rows = warp(value);
+  uint32_t lane = current & 31, row = lane / 4, column = lane % 4 * 2, result = 0;
+  for (uint32_t i = 0; i < 2; i++) result |= (rows[(column + i) * 4 + row / 2] >> 16 * (row % 2) & 0xFFFF) << 16 * i;
+  return result;
+}
+/* 16x16 by 16x8, bf16 into fp32: sums in double, rounded once. */
+static void mma(const uint32_t *a, const uint32_t *b, const uint32_t *c, uint32_t *d) {
+  uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]}, lane = current & 31;
+  shown_t all = warp_of(own, 6);
+  for (uint32_t i = 0; i < 4; i++) {
+    uint32_t row = lane / 4 * 4, column = (lane % 4 * 2 + i % 2) * 4;
+    double sum = f(c[i]);
+    for (uint32_t k = 0; k < 16; k++) {
+      uint32_t from = k % 8 / 2, shift = k % 2 ? 0 : 16;
+      uint32_t left = all[i / 2 + k / 8 * 2][row + from] << shift & 0xFFFF0000;
+      sum += (double)f(left) * f(all[4 + k / 8][column + from] << shift & 0xFFFF0000);
+    }
+    d[i] = u((float)sum);
+  }
+}
+
+static uint32_t common(uint32_t a, uint32_t b) { return b ? common(b, a % b) : a; }
 static void thread(void);
 static void enter(void) {
   thread();
@@ -188,7 +257,7 @@ int run(uint32_t grid, uint32_t dynamic, const uint64_t *arguments, const map_t 
   for (program = 0; program < programs && !error; program++) {
     memset(shared, 0xFF, dynamic);
     memset(warps, 0, sizeof warps);
-    memset(&block, 0, sizeof block);
+    memset(blocks, 0, sizeof blocks);
     memset(finished, 0, sizeof finished);
     memset(waiting, 0, sizeof waiting);
     alive = THREADS, pending_loads = 0;
@@ -200,8 +269,8 @@ int run(uint32_t grid, uint32_t dynamic, const uint64_t *arguments, const map_t 
       makecontext(&fibers[i], enter, 0);
     }
     while (alive && !error) {
-      uint32_t before = progress, start = draw(THREADS), step = 2 * draw(THREADS / 2) + 1;
-      if (step % 3 == 0) step = 1; /* coprime to the number of threads */
+      uint32_t before = progress, start = draw(THREADS), step = draw(THREADS);
+      while (common(step, THREADS) != 1) step = draw(THREADS);
       for (uint32_t i = 0; i < THREADS && !error; i++) {
         current = (start + i * step) % THREADS;
         if (!finished[current] && draw(8)) swapcontext(&scheduler, &fibers[current]);
@@ -209,7 +278,7 @@ int run(uint32_t grid, uint32_t dynamic, const uint64_t *arguments, const map_t 
           uint32_t which = draw(pending_loads);
           load_t load = loads[which];
           loads[which] = loads[--pending_loads];
-          carry_out(&load);
+          (load.map ? carry_out : carry_out_bulk)(&load);
         }
       }
       if (progress != before || pending_loads) idle = 0;

@@ -1,7 +1,7 @@
 """A PTX kernel run on the CPU: translated to C, one statement each, compiled with the C compiler at hand.
 
-Knows the instructions that the emulated Blackwell kernel has; another one is an error. See ``ptx_on_cpu.h`` for
-threads, barriers and TMA.
+Knows the instructions that the emulated Blackwell kernel has, and the Hopper kernel of up to eight rows a group;
+another one is an error. See ``ptx_on_cpu.h`` for threads, barriers, TMA and matrices.
 """
 
 from __future__ import annotations
@@ -89,8 +89,13 @@ class _Translator:
             return f"goto {self.label(operands[0])};"
         if op == "ret":
             return "return;"
-        if op in ("fence", "prefetch"):
+        if op in ("fence", "prefetch", "griddepcontrol"):
             return ""
+        if op in ("ldmatrix", "mma"):
+            return self.matrices(op, operands)
+        if op == "cp" and "tensor" not in name:
+            to, source, size, barrier = operands
+            return f"bulk({self.address(to)}, {self.address(source)}, {self.value(size)}, {self.address(barrier)});"
         if op == "cp":
             (to, source, barrier, _) = operands
             described, _, place = source.strip("[]").partition(",")
@@ -100,19 +105,46 @@ class _Translator:
         if op == "mbarrier":
             return self.barrier(name, operands)
         if op == "bar":
-            return "warp(0);" if "warp" in name else "meet(&block, THREADS, 0);"
+            if "warp" in name:
+                return "warp(0);"
+            return f"meet(&blocks[{operands[0]}], {(*operands, 'THREADS')[1]}, 0, 0);"
         if op in ("ld", "st"):
             return self.memory(name, operands)
         if op == "elect":
             _, chosen = operands[0].split("|")
             return f"warp(0); {self.value(chosen)} = (current & 31) == 0;"
         target, *sources = operands
+        if op == "mov" and target.startswith("{"):
+            low, high = (self.value(each) for each in _operands(target.strip("{}")))
+            return f"{low} = {self.value(sources[0])}; {high} = {self.value(sources[0])} >> 16;"
         to, values = self.value(target), [self.value(each) for each in sources]
         if op == "shfl":
             if name[2] == "up":
                 return f"{to} = shuffle_up({values[0]}, {values[1]});"
+            if name[2] == "bfly":
+                return f"{to} = warp({values[0]})[(current & 31) ^ {values[1]}];"
             return f"{to} = warp({values[0]})[{values[1]}];"
+        if op == "movmatrix":
+            return f"{to} = transpose({values[0]});"
+        if op == "atom":
+            return f"uint32_t *p = at_global({self.address(sources[0])}, 4); {to} = *p; *p += {values[1]};"
+        if op == "mov" and sources[0].startswith("{"):
+            low, high = (self.value(each) for each in _operands(sources[0].strip("{}")))
+            return f"{to} = {low} | (uint32_t){high} << 16;"
         return f"{to} = {self.expression(op, name, kind, values)};"
+
+    def matrices(self, op: str, operands: list[str]) -> str:
+        """What a warp does together with several registers of each thread."""
+        groups = [
+            [self.value(each) for each in _operands(group.strip("{}"))] for group in operands if group.startswith("{")
+        ]
+        results = groups[0]
+        if op == "ldmatrix":
+            made = f"load_matrices({self.address(operands[1])}, d);"
+        else:
+            arrays = [f"uint32_t {n}[] = {{{', '.join(group)}}};" for n, group in zip("abc", groups[1:], strict=True)]
+            made = " ".join(arrays) + " mma(a, b, c, d);"
+        return f"uint32_t d[4]; {made} " + " ".join(f"{each} = d[{i}];" for i, each in enumerate(results))
 
     def barrier(self, name: list[str], operands: list[str]) -> str:
         if name[1] == "init":
@@ -148,6 +180,14 @@ class _Translator:
             return f"{v[2]} ? {v[0]} : {v[1]}"
         if op == "not":
             return f"!{v[0]}"
+        if op == "prmt":
+            return f"permute({', '.join(v)})"
+        if op == "shf":
+            return f"(uint32_t)(((uint64_t){v[1]} << 32 | {v[0]}) >> ({v[2]} & 31))"
+        if kind == "bf16x2" and op in ("mul", "min"):
+            return f"bf16x2({v[0]}, {v[1]}, {'times' if op == 'mul' else 'fminf'})"
+        if kind == "u16x2" and op == "max":
+            return f"max_u16x2({v[0]}, {v[1]})"
         if op == "setp":
             x, y = self.floats(v) if kind == "f32" else [f"({_TYPES.get(kind, _WIDTH.get(kind))}){each}" for each in v]
             return f"{x} {_COMPARE[name[1]]} {y}"
@@ -173,8 +213,8 @@ class _Translator:
             if name[1] == "hi":
                 return f"(uint32_t)((int64_t){signed[0]} * (int64_t){signed[1]} >> 32)"
             return f"{v[0]} * {v[1]}" + (f" + {v[2]}" if op == "mad" else "")
-        if op == "div":
-            return f"{signed[0]} / {signed[1]}"
+        if op in ("div", "rem"):
+            return f"{signed[0]} {'/' if op == 'div' else '%'} {signed[1]}"
         if op in ("min", "max"):
             chosen = f"({signed[0]} {'<' if op == 'min' else '>'} {signed[1]} ? {signed[0]} : {signed[1]})"
             return f"({chosen} < 0 ? 0 : {chosen})" if "relu" in name else chosen
@@ -268,7 +308,7 @@ class Kernel:
         subprocess.run(["cc", *options, f"-I{_HERE}", "-o", str(library), str(source), "-lm"], check=True)
         self.library, self.shared_bytes, self.seed = ctypes.CDLL(str(library)), shared_bytes, 0
 
-    def __call__(self, grid: int, stream: int, *arguments: object) -> None:
+    def __call__(self, grid: int, stream: int, *arguments: object, dependent: bool = False) -> None:
         maps = [each for each in arguments if isinstance(each, Map)]
         words = (ctypes.c_uint64 * len(arguments))()
         for i, value in enumerate(arguments):

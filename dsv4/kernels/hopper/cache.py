@@ -17,7 +17,7 @@ def _compile(config: HopperConfig, arch: str) -> tuple[bytes, str]:
     """Only here is the DSL imported."""
     from dsv4.kernels.hopper.grouped_gemm import compile_kernel
 
-    return compile_kernel(config, arch)
+    return compile_kernel(config, arch)[:2]
 
 
 CACHE = KernelCache(

@@ -596,7 +596,7 @@ class GroupedGemm:
                 ptx.store_b64(out + (Int64(slot) * Int64(columns) + Int64(at)) * 2, low, high)
 
 
-def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str]:
-    """Cubin and entry name of one configuration: no GPU is needed."""
+def compile_kernel(config: HopperConfig, arch: str) -> tuple[bytes, str, str]:
+    """Cubin, entry name and PTX of one configuration: no GPU is needed."""
     arguments = (*[Int64(0)] * 12, Int32(0), Int32(0), Float32(0), Int64(0), Int32(1))
-    return compiler.compile_kernel(GroupedGemm(config), arguments, arch)[:2]
+    return compiler.compile_kernel(GroupedGemm(config), arguments, arch)
