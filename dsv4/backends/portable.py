@@ -83,6 +83,9 @@ class PortableBackend:
 
     name = "portable"
 
+    _last_views: tuple[Tensor | None, dict[str, Tensor]] = (None, {})
+    """The scratch of the last call, and its buffers."""
+
     def __init__(self, config: MoEConfig, device: torch.device):
         from dsv4.kernels.triton.weight_layout import Matrix
 
@@ -147,11 +150,17 @@ class PortableBackend:
 
     def run(self, packed: Packed, call: Call, scratch: Tensor, out: Tensor) -> None:
         if _is_dense(out):
-            self._run(packed, _dense(call), self._plan.views(scratch), out)
+            self._run(packed, _dense(call), self._views(scratch), out)
         else:
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
             self.run(packed, call, scratch, dense)
             out.copy_(dense)
+
+    def _views(self, scratch: Tensor) -> dict[str, Tensor]:
+        """The plan's buffers. A layer keeps its scratch, and making twenty views costs the host more than a launch."""
+        if self._last_views[0] is not scratch:
+            self._last_views = (scratch, self._plan.views(scratch))
+        return self._last_views[1]
 
     def _run(self, packed: Packed, call: Call, views: dict[str, Tensor], out: Tensor) -> None:
         """:meth:`run` on tensors that are contiguous and aligned."""
@@ -183,7 +192,7 @@ class PortableBackend:
 
     def activation_amax(self, packed: Packed, call: Call, scratch: Tensor) -> tuple[Tensor, Tensor]:
         call = _dense(call)
-        tables, activated = self._activated_amax(packed, call, self._plan.views(scratch))
+        tables, activated = self._activated_amax(packed, call, self._views(scratch))
         hidden = call.hidden_states
         if self.config.route_weight == "input":
             hidden = (hidden.float() * call.topk_weights).to(torch.bfloat16)

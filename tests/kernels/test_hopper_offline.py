@@ -207,6 +207,22 @@ def test_what_is_launched_is_compiled_ahead(experts, mode):
         assert {found.cubin.decode() for found in driver.launches} <= known, tokens
 
 
+def test_buffers_lie_in_the_scratch_of_the_call():
+    """Whichever of two is given, again and in turn, and views of it are made once while it stays."""
+    config = MoEConfig(8, 256, 384, max_num_tokens=16, top_k=K, activation_format="bf16")
+    backend, packed, first, _ = on_paper(config)
+    second = torch.zeros_like(first)
+    x, ids = torch.zeros(16, 256, dtype=torch.bfloat16), torch.zeros(16, K, dtype=torch.int64)
+    for scratch in (first, first, second, first):
+        driver = FakeDriver(launch.GEMM_SIGNATURE)
+        with recorded(), installed(driver, launch.gemm_kernel):
+            backend.run(packed, Call(x, torch.zeros(16, K), ids), scratch, x)
+        for launched in driver.launches:
+            for place in launched.arguments[1], *launched.arguments[3:8]:  # the image, and tables of routing
+                assert scratch.data_ptr() <= place < scratch.data_ptr() + scratch.numel()
+    assert backend._views(first) is backend._views(first)
+
+
 def test_few_tiles_run_at_once():
     """Of V4-Flash and V4-Pro: one token's products, and two of V4-Flash's, take the shape with the fewest programs that
     are still one for each tile; some more the smallest, both products, up to 8 tiles a program; then the table's. A
