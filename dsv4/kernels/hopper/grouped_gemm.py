@@ -230,7 +230,7 @@ class GroupedGemm:
                 stage = Int32(0)
                 phase = Int32(0)
         while tile < total:
-            before = total
+            before = total  # where each tile is some program's first, there is no other to be had
             if total > programs:
                 before = ptx.increment(taken)
             if ahead == 0:
