@@ -7,6 +7,7 @@ calls, are the portable backend's, as is everything that only chooses scales.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -227,10 +228,9 @@ class HopperBackend(PortableBackend):
 
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
-        waves = [self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg)]
-        waves.append(FEW_TILES * self._at_once(ONE_WAVE[0]) / max(_row_tiles(cfg)))
+        waves = (self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg))
         lines = (t.rows_per_expert * cfg.num_experts for t in TILINGS)
-        return (*lines, *waves, FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
+        return (*lines, *waves, self._few_tiles_slots(), FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
@@ -238,7 +238,7 @@ class HopperBackend(PortableBackend):
         line = next(t for t in TILINGS if slots / self.config.num_experts <= t.rows_per_expert)
         if not _narrowest(line):
             return line
-        few = slots * max(_row_tiles(self.config)) <= FEW_TILES * self._at_once(ONE_WAVE[0])
+        few = ONE_WAVE[:1] if slots <= self._few_tiles_slots() else ()
         shapes = []
         for served, row_tiles, otherwise in zip(
             (_one_wave(_requantizes(self.config)), ONE_WAVE),
@@ -246,10 +246,14 @@ class HopperBackend(PortableBackend):
             (line.gemm1, line.gemm2),
             strict=True,
         ):
-            if few and ONE_WAVE[0] in served:
-                otherwise = ONE_WAVE[0]
-            shapes.append(next((shape for shape in served if slots * row_tiles <= self._at_once(shape)), otherwise))
+            at_once = (shape for shape in served if slots * row_tiles <= self._at_once(shape))
+            smallest = (shape for shape in few if shape in served)
+            shapes.append(next(chain(at_once, smallest, (otherwise,))))
         return replace(line, gemm1=shapes[0], gemm2=shapes[1])
+
+    def _few_tiles_slots(self) -> float:
+        """Up to so many slots a program of the smallest shape has ``FEW_TILES`` tiles at most, of either product."""
+        return FEW_TILES * self._at_once(ONE_WAVE[0]) / max(_row_tiles(self.config))
 
     def _at_once(self, shape: tuple[int, int, int, int]) -> int:
         """64-row tiles that are multiplied at the same time, if each program has one tile."""

@@ -142,6 +142,15 @@ def test_peers_are_compared_with_the_mode_that_computes_the_same(paths, tables):
     assert rows[1][2:] == ["200 (25%)", "-", "150 (dsv4 0.75x its speed)", "400 (dsv4 2.00x its speed)", "-"]
 
 
+def written(name: str, document: dict, folder: Path, tables) -> str:
+    """What a README with one table in it says then."""
+    readme = folder / "README.md"
+    readme.write_text(f"<!-- bench:{name} -->\n<!-- /bench -->\n")
+    (folder / f"{name}.json").write_text(json.dumps(document))
+    assert tables("--readme", str(readme), "--results", str(folder)) is None
+    return readme.read_text()
+
+
 def test_layers_in_vllm(tmp_path, tables):
     """Ours stand beside the faster of vLLM's own kernels; what has no time has a dash, and no ratio."""
     names = ("vllm-marlin", "vllm-humming", "vllm-dsv4-w4a16", "vllm-dsv4-w4a4")
@@ -158,11 +167,7 @@ def test_layers_in_vllm(tmp_path, tables):
             {"tokens": 9, "floor_us": 90.0, "us": {"vllm-dsv4-w4a16": 200.0}},
         ],
     }
-    (tmp_path / "h200_vllm_layers.json").write_text(json.dumps(document))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:h200_vllm_layers -->\n<!-- /bench -->\n")
-    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
-    text = readme.read_text()
+    text = written("h200_vllm_layers", document, tmp_path, tables)
     assert "| 1 | 20 | 60 | 50 | 40 (1.25x) | 100 (0.50x) |" in text
     assert "| 8 | 90 | 300 | - | 200 (1.50x) | - |" in text
     assert "| 9 | 90 | - | - | 200 | - |" in text
@@ -190,11 +195,7 @@ def test_whole_models_in_vllm(tmp_path, tables):
             "dsv4-w4a16": run("Nvfp4Experts (hopper)", (600.0, 3000.0), (8000.4, 15e4)),
         },
     }
-    (tmp_path / "h200_vllm_generate.json").write_text(json.dumps(document))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:h200_vllm_generate -->\n<!-- /bench -->\n")
-    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
-    text = readme.read_text()
+    text = written("h200_vllm_generate", document, tmp_path, tables)
     assert "vLLM's own (MarlinExperts): decode, prefill | dsv4 W4A16 (Nvfp4Experts (hopper)): decode, prefill" in text
     assert "| 1 | 500, 4,000 | 600 (1.20x), 3,000 (0.75x) |" in text
     assert "| 64 | 8,000, 100,000 | 8,000 (1.00x), 150,000 (1.50x) |" in text
@@ -215,11 +216,7 @@ def test_conversions(tmp_path, tables):
         "versions": {"torch": "2.99"},
         "results": [{"kind": "mxfp4", "source": {"bytes": 4_000_000_000, "shards": 8}, "runs": runs}],
     }
-    (tmp_path / "convert.json").write_text(json.dumps(document))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:convert -->\n<!-- /bench -->\n")
-    assert tables("--readme", str(readme), "--results", str(tmp_path)) is None
-    text = readme.read_text()
+    text = written("convert", document, tmp_path, tables)
     assert "| MXFP4, 4.0 GB | dsv4, jobs 2 | 123 | 6 MB |" in text
     assert "| MXFP4, 4.0 GB | ModelOpt's functions (2 of 8 shards) | 8 | 9 MB |" in text
     assert "Abacus 9, 2 cores, torch 2.99, commit 0123456789ab" in text

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _HERE = Path(__file__).parent
 _TYPES = {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}_t" for sign in "su" for bits in (8, 16, 32, 64)}
@@ -301,12 +302,14 @@ def tensor_map(
 class Kernel:
     """A translated kernel, launched as :class:`dsv4.kernels.cutedsl.launch.Kernel` is."""
 
-    def __init__(self, ptx: str, folder: Path, shared_bytes: int):
-        source, library = folder / "kernel.c", folder / "kernel.so"
-        source.write_text(translate(ptx))
+    def __init__(self, ptx: str, shared_bytes: int):
         options = ["-O1", "-w", "-shared", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"]
-        subprocess.run(["cc", *options, f"-I{_HERE}", "-o", str(library), str(source), "-lm"], check=True)
-        self.library, self.shared_bytes, self.seed = ctypes.CDLL(str(library)), shared_bytes, 0
+        with TemporaryDirectory() as folder:
+            source, library = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
+            source.write_text(translate(ptx))
+            subprocess.run(["cc", *options, f"-I{_HERE}", "-o", str(library), str(source), "-lm"], check=True)
+            self.library = ctypes.CDLL(str(library))
+        self.shared_bytes, self.seed = shared_bytes, 0
 
     def __call__(self, grid: int, stream: int, *arguments: object, dependent: bool = False) -> None:
         maps = [each for each in arguments if isinstance(each, Map)]

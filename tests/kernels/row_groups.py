@@ -70,6 +70,26 @@ def expected(local: Sequence[int], experts: int, unit: int, most: int) -> Expect
     return tables
 
 
+def filled(want: Expected, most: int) -> tuple[TileMap, RowGroups]:
+    """The tables as kernels read them, int32, with row groups of up to ``most`` rows."""
+
+    def table(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    tiles = TileMap(table(want.row_slot), table(want.tile_expert), table([len(want.tile_expert)]))
+    groups = RowGroups(
+        most,
+        slot_row=table(want.slot_row),
+        tile_start=table(want.tile_start),
+        tile_rows=table(want.tile_rows),
+        group_row=table(want.group_row),
+        group_expert=table(want.group_expert),
+        num_groups=table([len(want.group_expert)]),
+        taken=table([0, 0]),
+    )
+    return tiles, groups
+
+
 def assert_filled(got: RowGroups, want: Expected) -> None:
     """Every entry that is read is the expected one."""
     tiles, groups = len(want.tile_expert), len(want.group_expert)

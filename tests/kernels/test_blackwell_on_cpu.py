@@ -13,8 +13,6 @@ import sys
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -40,8 +38,7 @@ MULTIPROCESSORS = 3
 def kernel_on_cpu(config: EmulatedConfig, device_index: int) -> ptx_on_cpu.Kernel:
     """What a launch takes for its loader; a GPU machine gets no kernels but those that are needed."""
     assert config in needed()
-    with TemporaryDirectory() as folder:
-        return ptx_on_cpu.Kernel(emulated_ptx(config), Path(folder), config.shared_bytes)
+    return ptx_on_cpu.Kernel(emulated_ptx(config), config.shared_bytes)
 
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +111,12 @@ def test_the_layer_matches_the_oracle(mode, place):
     ],
     ids=["bytes of a stage", "a warp's signal"],
 )
-def test_a_broken_kernel_is_found(right, wrong, what, tmp_path, monkeypatch):
+def test_a_broken_kernel_is_found(right, wrong, what, monkeypatch):
     """A barrier that waits for too much; a stage that is freed while lanes still read it."""
     config = replace(PLAIN, wide_out=True)
     text, count = re.subn(right, wrong, emulated_ptx(config))
     assert count
-    kernel = ptx_on_cpu.Kernel(text, tmp_path, config.shared_bytes)
+    kernel = ptx_on_cpu.Kernel(text, config.shared_bytes)
     monkeypatch.setattr(cuda, "emulated_kernel", lambda config, device_index: kernel)
     with pytest.raises((RuntimeError, AssertionError)) as error:
         cuda.test_plain_products("64x64", "ragged")

@@ -21,7 +21,7 @@ from dsv4.kernels.triton.stages import ScaleSource
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from kernels.interpreter import mend, run
-from kernels.row_groups import Expected, assert_filled, expected, poisoned_buffers
+from kernels.row_groups import Expected, assert_filled, expected, filled, poisoned_buffers
 
 POISON = 0x2AAA  # of bf16, a number like any other
 EXPERTS = 4
@@ -96,22 +96,7 @@ def cases() -> list[Case]:
         assert (local < 0).any()
         assert -1 in want.row_slot
         assert most == unit or len({len(g) for g in want.groups()}) > 1
-
-        def table(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32)
-
-        tiles = TileMap(table(want.row_slot), table(want.tile_expert), table([len(want.tile_expert)]))
-        groups = RowGroups(
-            most,
-            slot_row=table(want.slot_row),
-            tile_start=table(want.tile_start),
-            tile_rows=table(want.tile_rows),
-            group_row=table(want.group_row),
-            group_expert=table(want.group_expert),
-            num_groups=table([len(want.group_expert)]),
-            taken=table([0, 0]),
-        )
-        found.append(Case(unit, k, top_k, local, want, hard_rows(tokens, k), tiles, groups))
+        found.append(Case(unit, k, top_k, local, want, hard_rows(tokens, k), *filled(want, most)))
     return found
 
 

@@ -11,13 +11,11 @@ import re
 import shutil
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import random_weights, relative_l2
+from oracle import dequantize, random_weights, relative_l2
 from torch import Tensor
 
 pytest.importorskip("cutlass")
@@ -28,11 +26,10 @@ from dsv4.kernels.hopper.cache import ARCH
 from dsv4.kernels.hopper.config import ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.grouped_gemm import compile_kernel
 from dsv4.kernels.hopper.layout import from_image, pack_matrix, to_image
-from dsv4.kernels.triton.grouped_gemm import TileMap
-from dsv4.kernels.triton.routing import RowGroups
-from dsv4.nvfp4 import block_codes, decode_e2m1, unpack_nibbles
+from dsv4.nvfp4 import unpack_nibbles
 from kernels import ptx_on_cpu
-from kernels.row_groups import expected
+from kernels.row_groups import expected, filled
+from kernels.test_hopper_interpreted import quantized
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -42,6 +39,15 @@ LOCAL = [0, 2, 2, -1, 3, *[2] * 9, 3, -1, 0, 3]
 """Of each slot: expert 1 is idle, 2 has a whole row tile and a part of another, two slots are dropped."""
 
 TABLES = expected(LOCAL, EXPERTS, ROW_UNIT, ROW_UNIT)
+SERVED = torch.tensor(LOCAL) >= 0
+"""Of each slot."""
+
+FILLED = torch.tensor(TABLES.row_slot) >= 0
+"""Of each row."""
+
+SLOTS = [slot for slot in TABLES.row_slot if slot >= 0]
+"""Of each row that is filled."""
+
 DOWN = HopperConfig((8,), 1, 1, 2, 1, wide_out=True)
 GATED = HopperConfig((8,), 2, 1, 2, 1, gated=True, limited=True)
 LIMIT = 2.0
@@ -56,8 +62,7 @@ def ptx(config: HopperConfig) -> str:
 @cache
 def kernel_on_cpu(config: HopperConfig, device_index: int) -> ptx_on_cpu.Kernel:
     """In place of :func:`dsv4.kernels.hopper.launch.gemm_kernel`."""
-    with TemporaryDirectory() as folder:
-        return ptx_on_cpu.Kernel(ptx(config), Path(folder), config.shared_bytes)
+    return ptx_on_cpu.Kernel(ptx(config), config.shared_bytes)
 
 
 @pytest.fixture(autouse=True)
@@ -66,74 +71,60 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
 
-def table(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
+@cache
 def matrices(gated: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed experts, their values as float64 ``[E, N, K]`` without global scales, and those."""
-    weights = random_weights(EXPERTS, K, FEATURES, seed=1, split_gate_up=True)
+    """Packed experts, their global scales, and their values, float64 ``[E, ROWS, K]``."""
     if gated:
+        weights = random_weights(EXPERTS, K, FEATURES, seed=1, split_gate_up=True)
         fp4, sf, gs = weights.l1_fp4, weights.l1_sf, weights.l1_gs
     else:
         weights = random_weights(EXPERTS, ROWS, K, seed=2)
         fp4, sf, gs = weights.l2_fp4, weights.l2_sf, weights.l2_gs
     codes = unpack_nibbles(fp4)
     packed = torch.stack([pack_matrix(c, s.view(torch.uint8), gated) for c, s in zip(codes, sf, strict=True)])
-    values = decode_e2m1(codes).double() * sf.double().repeat_interleave(16, -1)
-    return packed, values, gs
+    of_rows = gs.repeat_interleave(FEATURES, 1) if gated else gs[:, None].expand(EXPERTS, ROWS)
+    return packed, gs, torch.from_numpy(dequantize(fp4, sf, of_rows[..., None]))
 
 
 def tokens() -> Tensor:
     """bf16 ``[R, K]``: a row for each slot, and NaN where none is."""
     x = torch.randn(len(TABLES.row_slot), K, generator=torch.Generator().manual_seed(3)).bfloat16()
-    x[table(TABLES.row_slot) < 0] = torch.nan
+    x[~FILLED] = torch.nan
     return x
 
 
-def multiply(config: HopperConfig, programs: int, out: Tensor, **operands: Tensor | None) -> list[int]:
+def multiply(
+    config: HopperConfig, programs: int, out: Tensor, row_scale: Tensor | None = None, **operands: Tensor
+) -> list[int]:
     """``out`` written by the kernel; how often programs asked for another tile, for each product."""
-    packed, _, gs = matrices(config.gated)
-    tiles = TileMap(table(TABLES.row_slot), table(TABLES.tile_expert), table([len(TABLES.tile_expert)]))
-    groups = RowGroups(
-        ROW_UNIT, table(TABLES.slot_row), table(TABLES.tile_start), table(TABLES.tile_rows), table(TABLES.group_row),
-        table(TABLES.group_expert), table([len(TABLES.group_expert)]), table([0, 0]),
-    )  # fmt: skip
-    given = {"row_scale": None} | operands
+    packed, gs, _ = matrices(config.gated)
+    tiles, groups = filled(TABLES, ROW_UNIT)
     launch.grouped_gemm(
-        config, to_image(tokens(), ROW_UNIT).flatten(), given.pop("row_scale"), packed, 0, gs, tiles, groups, out,
-        rows=ROWS, k=K, multiprocessors=programs, limit=LIMIT if config.limited else None, **given,
+        config, to_image(tokens(), ROW_UNIT).flatten(), row_scale, packed, 0, gs, tiles, groups, out,
+        rows=ROWS, k=K, multiprocessors=programs, limit=LIMIT if config.limited else None, **operands,
     )  # fmt: skip
     return groups.taken.tolist()
 
 
-def total(config: HopperConfig) -> int:
-    """Output tiles."""
-    return len(TABLES.group_expert) * (ROWS // (64 * config.warpgroups))
+def asked_for(config: HopperConfig, programs: int) -> int:
+    """How often it should be: once a tile, if there are more than programs."""
+    tiles = len(TABLES.group_expert) * (ROWS // (64 * config.warpgroups))
+    return tiles if tiles > programs else 0
 
 
-def rows_of(out_rows: Tensor) -> Tensor:
-    """Those of ``[R, ..]`` that a slot fills."""
-    return out_rows[table(TABLES.row_slot) >= 0]
-
-
-def down(config: HopperConfig, programs: int, **operands: Tensor | None) -> Tensor:
+def down(config: HopperConfig, programs: int, **operands: Tensor) -> Tensor:
     """Slot rows ``[S, ROWS]``, poisoned before, of slots that are served."""
     out = torch.full((len(LOCAL), ROWS), torch.nan, dtype=torch.float32 if config.wide_out else torch.bfloat16)
-    asked = multiply(config, programs, out, **operands)
-    assert asked == [0, total(config) if total(config) > programs else 0]
-    assert out[table(LOCAL) < 0].isnan().all()  # nothing of a dropped slot
-    return out[table(LOCAL) >= 0]
+    assert multiply(config, programs, out, **operands) == [0, asked_for(config, programs)]
+    assert out[~SERVED].isnan().all()  # nothing of a dropped slot
+    return out[SERVED]
 
 
 def wanted() -> Tensor:
     """Of slots that are served, float64."""
-    _, values, gs = matrices(gated=False)
-    served = [slot for slot, expert in enumerate(LOCAL) if expert >= 0]
+    _, _, values = matrices(gated=False)
     x = tokens().double()
-    return torch.stack(
-        [values[LOCAL[slot]] @ x[TABLES.slot_row[slot]] * gs[LOCAL[slot]].double() for slot in served]
-    )  # fmt: skip
+    return torch.stack([values[LOCAL[slot]] @ x[TABLES.slot_row[slot]] for slot in sorted(SLOTS)])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +144,7 @@ def test_scales_of_rows_and_of_experts():
     """A number for each token, or for each expert, multiplies its results."""
     of_experts = torch.tensor([0.5, 2.0, 0.25, 4.0])
     plain = down(DOWN, 1)
-    experts = table(LOCAL)[table(LOCAL) >= 0].long()
+    experts = torch.tensor(LOCAL)[SERVED]
     assert torch.equal(
         down(replace(DOWN, expert_scale=True), 1, row_scale=of_experts), plain * of_experts[experts, None]
     )
@@ -162,12 +153,11 @@ def test_scales_of_rows_and_of_experts():
     assert torch.equal(down(replace(DOWN, row_scale=True), 2, row_scale=of_rows), plain * of_slots[:, None])
 
 
-def swiglu_image(config: HopperConfig, programs: int, **operands: Tensor | None) -> Tensor:
+def swiglu_image(config: HopperConfig, programs: int, **operands: Tensor) -> Tensor:
     """bf16 ``[R, FEATURES]``, what the image holds in rows that a slot fills."""
     image = torch.full((len(TABLES.row_slot) * FEATURES,), 7.0, dtype=torch.bfloat16)
-    asked = multiply(config, programs, image, **operands)
-    assert asked == [total(config) if total(config) > programs else 0, 0]
-    return rows_of(from_image(image.view(-1, FEATURES // 64, ROW_UNIT, 64)))
+    assert multiply(config, programs, image, **operands) == [asked_for(config, programs), 0]
+    return from_image(image.view(-1, FEATURES // 64, ROW_UNIT, 64))[FILLED]
 
 
 @pytest.mark.parametrize("weighted", [False, pytest.param(True, marks=pytest.mark.kernels)])
@@ -179,12 +169,10 @@ def test_swiglu(weighted):
     found = [swiglu_image(config, programs, topk_weights=weights) for programs in PROGRAMS]
     for other in found[1:]:
         assert torch.equal(found[0], other)
-    _, values, gs = matrices(gated=True)
-    slots = [slot for slot in TABLES.row_slot if slot >= 0]
-    want = []
-    for slot in slots:
-        both = (values[LOCAL[slot]] @ tokens()[TABLES.slot_row[slot]].double()).view(2, -1)
-        gate, up = both * gs[LOCAL[slot]].double()[:, None]
+    _, _, values = matrices(gated=True)
+    x, want = tokens().double(), []
+    for slot in SLOTS:
+        gate, up = (values[LOCAL[slot]] @ x[TABLES.slot_row[slot]]).view(2, -1)
         gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
         want.append(torch.nn.functional.silu(gate) * up * (weights[slot].double() if weighted else 1.0))
     assert relative_l2(found[0], torch.stack(want)) <= 3e-3
@@ -199,9 +187,7 @@ def test_a_quantized_result():
         swiglu_image(replace(config, requantized=True), programs, row_scale=ones, result_gs=scales)
         for programs in PROGRAMS
     ]
-    experts = torch.tensor([LOCAL[slot] for slot in TABLES.row_slot if slot >= 0])
-    codes, sf = block_codes(plain, scales[experts][:, None])
-    want = (decode_e2m1(codes) * sf.float()[..., None]).flatten(1).bfloat16()
+    want = quantized(plain, scales[[LOCAL[slot] for slot in SLOTS]])
     for result in got:
         assert torch.equal(result + 0.0, want + 0.0)  # zeros keep no sign
 
@@ -215,11 +201,11 @@ def test_a_quantized_result():
     ],
     ids=["a tile left out", "no word of the end", "a warp's signal"],
 )
-def test_a_broken_kernel_is_found(right, wrong, what, tmp_path, monkeypatch):
+def test_a_broken_kernel_is_found(right, wrong, what, monkeypatch):
     """Tiles that nobody takes; consumers that are not told of the end; a stage that is freed while lanes still read."""
     text, count = re.subn(right, wrong, ptx(DOWN))
     assert count
-    kernel = ptx_on_cpu.Kernel(text, tmp_path, DOWN.shared_bytes)
+    kernel = ptx_on_cpu.Kernel(text, DOWN.shared_bytes)
     monkeypatch.setattr(launch, "gemm_kernel", lambda config, device_index: kernel)
     with pytest.raises((RuntimeError, AssertionError)) as error:
         assert torch.equal(down(DOWN, 1), wanted().float())

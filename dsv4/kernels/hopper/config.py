@@ -112,11 +112,22 @@ class HopperConfig:
         return -(-self.tokens // 16) * 1024 if self.requantized else 0
 
     @property
+    def tiles_at(self) -> int:
+        """Where in shared memory it stands which tile begins in each stage, 16 bytes each: behind the pipeline and its
+        barriers."""
+        return self.stages * (self.stage_bytes + 16)
+
+    @property
+    def tables_at(self) -> int:
+        """Where two tables of row slots and factors stand, and behind them one of scale groups for every two
+        warpgroups."""
+        return self.tiles_at + self.stages * 16
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a program: the pipeline, its barriers, which tile begins in each stage, two tables
-        of row slots and factors, and one of scale groups for every two warpgroups."""
+        """Dynamic shared memory of a program."""
         tables = 2 * self.tokens * 8 + self.warpgroups // 2 * self.block_table_bytes
-        return self.stages * (self.stage_bytes + 32) + tables + 1024
+        return self.tables_at + tables + 1024
 
     def fitted(self, rows: int, k: int) -> HopperConfig:
         """The nearest one of whose tiles a ``rows x k`` matrix is made, where this one's do not fit a small matrix."""

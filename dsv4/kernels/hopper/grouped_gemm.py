@@ -161,8 +161,7 @@ class GroupedGemm:
     @cute.jit
     def tile_of_stage(self, base, stage):
         """Where four words say which tile begins in a stage: its number, then what :meth:`row_group` says of it."""
-        cfg = self.config
-        return base.toint() + cfg.stages * (cfg.stage_bytes + 16) + stage * 16
+        return base.toint() + self.config.tiles_at + stage * 16
 
     @cute.jit
     def load_weights(self, at, weight, run_bytes, barrier):
@@ -277,7 +276,7 @@ class GroupedGemm:
         groups, widths = cutlass.const_expr(cfg.warpgroups), cutlass.const_expr(cfg.widths)
         tidx, _, _ = cute.arch.thread_idx()
         group = cute.arch.make_warp_uniform(tidx // 32) // 4
-        tables = base.toint() + cfg.stages * (cfg.stage_bytes + 32)
+        tables = base.toint() + cfg.tables_at
 
         # For the scales of rows. And in every program, also one without a tile: this launch must not end before the one
         # that it follows, since whoever waits for this one has waited for that one, too.
