@@ -3,11 +3,11 @@
     python benchmarks/tilings.py --shape v4-pro --line 32,48:4,2,3,1 --line 32,40:4,1,7,1 --compile
     python benchmarks/tilings.py --shape v4-pro --line 32,48:4,2,3,1 --line 32,40:4,1,7,1 --tokens 2048
 
-A line is widths, then warpgroups, K blocks, stages and programs of a multiprocessor, for both products; beside the
-lines asked for stands the table as it is. W4A16, each proven against the reference before its time counts, replayed in
-turn in one process. ``--compile`` fills the kernel cache on a machine with the DSL, a GPU is not needed; whether ptxas
-waits for every single wgmma, as it does with too many widths, shows in the time alone. Calls of few tiles take
-shapes of their own (``ONE_WAVE``, ``FEW_TILES``) and are no use here.
+A line is the main loops' widths, then warpgroups, K blocks, stages and programs of a multiprocessor, for both products;
+beside the lines asked for stands the table as it is. W4A16, each proven against the reference before its time counts,
+replayed in turn in one process. ``--compile`` fills the kernel cache on a machine with the DSL, a GPU is not needed;
+whether ptxas waits for every single wgmma, as it does with too many loops, shows in the time alone. Calls of few tiles
+take shapes of their own (``ONE_WAVE``, ``FEW_TILES``) and are no use here.
 """
 
 from __future__ import annotations
@@ -42,14 +42,17 @@ TABLE = "table"
 
 
 def line(text: str) -> Tiling:
-    """``widths:warpgroups,blocks,stages,programs`` as a line that serves any number of rows."""
+    """``loops:warpgroups,blocks,stages,programs`` as a line that serves any number of rows; ``8,16+24,32-48`` are three
+    loops, for 8, for 16 and 24, and for 32, 40 and 48."""
     try:
-        widths, shape = ([int(n) for n in part.split(",")] for part in text.split(":"))
-        warpgroups, blocks, stages, programs = shape
+        left, right = text.split(":")
+        ranges = [[[int(n) for n in ends.split("-")] for ends in loop.split("+")] for loop in left.split(",")]
+        loops = tuple(tuple(n for ends in loop for n in range(ends[0], ends[-1] + 1, 8)) for loop in ranges)
+        warpgroups, blocks, stages, programs = (int(n) for n in right.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: expected widths:warpgroups,blocks,stages,programs") from None
+        raise argparse.ArgumentTypeError(f"{text}: expected loops:warpgroups,blocks,stages,programs") from None
     product = (warpgroups, blocks, stages, programs)
-    return Tiling(float("inf"), tuple(widths), product, product)
+    return Tiling(float("inf"), loops, product, product)
 
 
 def kernels(shape: str, lines: Sequence[Tiling]) -> list[HopperConfig]:

@@ -46,9 +46,11 @@ def layers() -> Iterator[MoEConfig]:
 
 
 def sanitized() -> Iterator[HopperConfig]:
-    """Kernels of one expert and a long K, of which compute-sanitizer sees that they wait for each other."""
-    for hidden, intermediate in ((1536, 128), (128, 1536)):
-        for kernel in kernels(MoEConfig(1, hidden, intermediate, top_k=1)):
+    """Kernels that fill a pipeline more than once, of which compute-sanitizer sees that lanes wait for each other."""
+    long = [MoEConfig(1, hidden, intermediate, top_k=1) for hidden, intermediate in ((1536, 128), (128, 1536))]
+    several = [MoEConfig(1, 256, 128, top_k=1, swiglu_limit=2.0, **form) for form in FORMATS[:3]]
+    for layer in long + several:
+        for kernel in kernels(layer):
             yield replace(kernel, every_lane_releases=True)
 
 

@@ -42,55 +42,65 @@ class Tiling:
 
     Attributes:
         rows_per_expert: the largest mean, ``T * k / E``, that this line serves.
-        widths: of :class:`HopperConfig`.
+        loops: of :class:`HopperConfig`.
         gemm1: ``(warpgroups, blocks, stages, programs_per_sm)`` of :class:`HopperConfig`.
         gemm2: the same of down.
-        quantizing: widths of a GEMM 1 that quantizes its result, where it has not the registers for ``widths``; the
-            last one is the same.
     """
 
     rows_per_expert: float
-    widths: tuple[int, ...]
+    loops: tuple[tuple[int, ...], ...]
     gemm1: tuple[int, int, int, int]
     gemm2: tuple[int, int, int, int]
-    quantizing: tuple[int, ...] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The most rows of a row group."""
+        return self.loops[-1][-1]
 
 
-# Measured on an H200, V4-Flash, W4A16, microseconds of the whole layer, floor of each T in brackets; from T = 1024 on
-# another one, in a process that replayed nothing but the lines of a row. A tiling is written as widths: warpgroups, K
-# blocks, stages, programs.
-#   T = 16 [259], 64 [634], 128 [775], since programs take tiles as they become free: 8: 2,2,5,2 284, 675, 845; 2,2,3,3
-#     287, 669, 846; 4,1,5,2 706, 876 (T = 64, 128); 1,2,5,3 289 (T = 16), 877 (T = 128). V4-Pro, T = 16, 32, 64 [716,
-#     1277, 2039]: 2,2,5,2 786, 1398, 2218; 2,2,3,3 810, 1372, 2202; 1,2,5,3 816, 1442, 2332.
+# Measured on an H200, W4A16, microseconds of the whole layer, in a process that replayed nothing but the lines of a row
+# in turn; floor of each T in brackets. Rows are of several H200s and days, which differ by up to 5 %. A tiling is
+# written as loops, a + between the widths of one: warpgroups, K blocks, stages, programs. V4-Flash:
+#   T = 16 [259], 64 [634], 128 [775]: 8: 2,2,5,2 284, 675, 845; 2,2,3,3 287, 669, 846; 4,1,5,2 706, 876 (T = 64, 128);
+#     1,2,5,3 289 (T = 16), 877 (T = 128). V4-Pro, T = 16, 32, 64 [716, 1277, 2039]: 2,2,5,2 786, 1398, 2218; 2,2,3,3
+#     810, 1372, 2202; 1,2,5,3 816, 1442, 2332.
 #   T = 256 [813]: 8, 16: 2,2,4,2 941; 4,1,5,2 996; 16 alone 1061; 8 alone 1030.
-#   T = 512 [816], likewise: 8, 16, 24: 2,2,3,2 1040; 4,2,4,1 1072; 16, 24: 2,2,3,2 1045; 4,2,4,1 1066.
-#   T = 1024 [816]: 24, 32, 40: 4,2,3,1 1185; 24, 32: 4,2,4,1 1204; 4,1,7,1 1257; 16, 24, 32: 4,2,4,1 1215.
-#   T = 2048 [816]: 48, 64: 4,1,5,1 1573; 4,1,6,1 1570; 40, 48, 64: 2,2,3,1 1695.
-#   T = 4096 [1602]: 80 to 112, 128: 2,1,5,1 2405; 80 to 128: 2420; 88 to 112, 128: 2472.
-#   T = 8192 [3205], and under Zipf: 96, 184, 208, 240: 2,1,3,1 4348, 5045; 96, 192, 208, 240: 4315, 5166; 64, 168, 200,
-#     232: 4400, 5203. What stands below was chosen by the sum of docs/hopper.md, which gives it 0.9 and 5.4 % less than
-#     the first of these; beside peers 4094, 4748.
-# V4-Pro, likewise:
-#   T = 1024 [3212], 16 rows an expert: 8, 16, 24: 4,2,4,1 4220; 16, 24: 4,2,4,1 4294; 2,2,3,2 4354.
-#   T = 2048 [3212], 32 rows: 32, 48: 4,2,3,1 4974; 32, 40: 4,2,3,1 5048; 4,1,7,1 5327.
-#   T = 4096 [4206], 64 rows: 48 to 80: 2,2,3,1 7162; 56 to 80: 2,2,3,1 7247; 2,1,6,1 7374.
-#   T = 8192 [8412], 128 rows, and under Zipf: 64, 112 to 144, 160: 2,1,4,1 11097, 14059; 64, 112, 128, 144, 160: 11412,
-#     13770; 48, 80, 112, 128, 144, 160: 11475, 13567. Chosen likewise, 0.9 % more and 4.9 % less than the first; beside
-#     peers 11245, 13503.
+#   T = 512 [816]: 8, 16, 24: 2,2,3,2 996; 8, 16, 24+32: 2,2,3,2 992; 8, 16+24: 2,2,3,2 1015. Before: 8, 16, 24: 2,2,3,2
+#     1040; 4,2,4,1 1072.
+#   T = 1024 [816], 4,2,3,1: 16+24, 32, 40 1148; 16+24, 32+40+48 1152; 24, 32, 40 1156; 16+24, 32+40 1158. Before: 24,
+#     32: 4,2,4,1 1204; 4,1,7,1 1257.
+#   T = 2048 [816]: 40+48, 56+64+72: 4,2,3,1 1459; 48, 56+64: 4,2,3,1 1474; 40+48, 56+64: 4,2,3,1 1484; 48, 64: 4,1,5,1
+#     1548. (For a GEMM 1 that quantizes its result 72 tokens are 224 bytes of shared memory too much.)
+#   T = 4096 [1602], 2,1,5,1: 80+88, 96, 104, 112, 120+128 2341; 64+80, 88, 96, 104, 112, 120+128 2345; 80, 88, 96, 104,
+#     112, 128 2346; before: all widths up to 128 in one loop 2737 where the last of these took 2445.
+#   T = 8192 [3205], and under Zipf, 2,1,3,1: 64+128, 176+184, 192, 200, 208+224 4120, 4727; 32+64+96+128+160, 176+184,
+#     192, 200, 208+216+224 4134, 4662; 64, 128, 184, 200, 224 4244, 4824. (48+56+64+72+80, 96+104+112, 120, 128, 136,
+#     144, 152+160: 2,1,4,1 under Zipf: 4591; with it an expert of 192 rows is decoded twice.) A GEMM 1 that quantizes
+#     its result has registers for four loops.
+# V4-Pro:
+#   T = 1024 [3212], 16 rows an expert: 8, 16, 24: 2,2,3,2 4173; 4,2,4,1 4192; 16, 24+32: 4,2,4,1 4183; 8, 16, 24+32:
+#     2,2,3,2 4294.
+#   T = 2048 [3212], 32 rows, 4,2,3,1: 24+32, 40+48+56 4820; 24+32, 40+48 4821; 32, 48 4910.
+#   T = 4096 [4206], 64 rows: 48+56+64+72+80+96: 4,1,4,1 6733; 56+64+72+80: 4,1,5,1 6775; 48 to 88 by eights in one
+#     loop: 4,1,5,1 6946; 48, 56, 64, 72, 80: 2,2,3,1 7019.
+#   T = 8192 [8412], 128 rows, and under Zipf, 2,1,4,1: 32+64+96, 112, 120, 128, 136, 144, 160 10969, 13193;
+#     48+56+64+72+80, 96+104+112, 120, 128, 136, 144, 152+160 11120, 13119; 48, 80, 112, 128, 136, 144, 160 11317,
+#     12988.
 TILINGS = (
-    Tiling(0.4, (8,), (2, 2, 5, 2), (2, 2, 5, 2)),
-    Tiling(4, (8,), (2, 2, 3, 3), (2, 2, 3, 3)),
-    Tiling(9, (8, 16), (2, 2, 4, 2), (2, 2, 4, 2)),
-    Tiling(14, (8, 16, 24), (2, 2, 3, 2), (2, 2, 3, 2)),
-    Tiling(16, (8, 16, 24), (4, 2, 4, 1), (4, 2, 4, 1)),
-    Tiling(30, (24, 32, 40), (4, 2, 3, 1), (4, 2, 3, 1), (24, 40)),
-    Tiling(40, (32, 48), (4, 2, 3, 1), (4, 2, 3, 1)),
-    Tiling(60, (48, 64), (4, 1, 5, 1), (4, 1, 5, 1)),
-    Tiling(76, (48, 56, 64, 72, 80), (2, 2, 3, 1), (2, 2, 3, 1), (56, 64, 72, 80)),
-    Tiling(110, (80, 88, 96, 104, 112, 128), (2, 1, 5, 1), (2, 1, 5, 1)),
+    Tiling(0.4, ((8,),), (2, 2, 5, 2), (2, 2, 5, 2)),
+    Tiling(4, ((8,),), (2, 2, 3, 3), (2, 2, 3, 3)),
+    Tiling(9, ((8,), (16,)), (2, 2, 4, 2), (2, 2, 4, 2)),
+    Tiling(16, ((8,), (16,), (24,)), (2, 2, 3, 2), (2, 2, 3, 2)),
+    Tiling(30, ((16, 24), (32, 40, 48)), (4, 2, 3, 1), (4, 2, 3, 1)),
+    Tiling(40, ((24, 32), (40, 48, 56)), (4, 2, 3, 1), (4, 2, 3, 1)),
+    Tiling(60, ((40, 48), (56, 64)), (4, 2, 3, 1), (4, 2, 3, 1)),
+    Tiling(76, ((48, 56, 64, 72, 80, 96),), (4, 1, 4, 1), (4, 1, 4, 1)),
+    Tiling(110, ((64, 80), (88,), (96,), (104,), (112,), (120, 128)), (2, 1, 5, 1), (2, 1, 5, 1)),
     # The narrow ones of these two are for experts with few rows, under skewed routing.
-    Tiling(144, (48, 80, 112, 128, 136, 144, 160), (2, 1, 4, 1), (2, 1, 4, 1), (80, 112, 128, 136, 144, 160)),
-    Tiling(float("inf"), (64, 128, 184, 200, 224), (2, 1, 3, 1), (2, 1, 3, 1), (80, 184, 208, 224)),
+    Tiling(144, ((32, 64, 96), (112,), (120,), (128,), (136,), (144,), (160,)), (2, 1, 4, 1), (2, 1, 4, 1)),
+    Tiling(
+        float("inf"), ((32, 64, 96, 128, 160), (176, 184), (192,), (200, 208, 216, 224)), (2, 1, 3, 1), (2, 1, 3, 1)
+    ),
 )
 
 # Of the same layer at T = 1, 2, 4, for GEMM 1 and GEMM 2 as warpgroups, K blocks, stages, programs:
@@ -196,20 +206,21 @@ class HopperBackend(PortableBackend):
         tables, groups = self._schedule(call, views, tiling)
         self._activate(packed, call, views, tables, groups, tiling, quantize=cfg.quantizes_activations)
         activated, i = views["act"], cfg.intermediate_size
-        act_scale = None
+        row_scale, expert_scale = None, None
         if _requantizes(cfg):
-            act_scale = call.input_scales.l2 if call.input_scales else None
+            expert_scale = call.input_scales.l2 if call.input_scales else None
         elif cfg.quantizes_activations:
             source, scale = self._scale_source(call, None, tables, 1)
-            act_scale = views["row_scale"]
+            row_scale = views["row_scale"]
             if source is ScaleSource.BATCH:
                 image_amax(activated, tables.tiles, groups, ROW_UNIT, i, tables.amax[1:], of_batch=True)
-            quantize_image(activated, act_scale, tables.tiles, groups, ROW_UNIT, i, source, scale, dependent=True)
+            quantize_image(activated, row_scale, tables.tiles, groups, ROW_UNIT, i, source, scale, dependent=True)
         slot_rows = self._slot_rows(views, slots)
         gemm2 = replace(_gemm2_config(cfg, tiling), wide_out=slot_rows.dtype == torch.float32)
         grouped_gemm(
-            gemm2, activated, act_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, groups, slot_rows,
-            rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors, dependent=True,
+            gemm2, activated, row_scale, packed.experts, self._l2_offset, packed.l2_gs, tables.tiles, groups, slot_rows,
+            rows=cfg.hidden_size, k=i, multiprocessors=self._multiprocessors, expert_scale=expert_scale,
+            dependent=True,
         )  # fmt: skip
         combine(
             slot_rows, tables.local_ids, call.topk_weights if cfg.route_weight == "output" else None, out, cfg.top_k,
@@ -263,7 +274,7 @@ class HopperBackend(PortableBackend):
     def _schedule(self, call: Call, views: dict[str, Tensor], tiling: Tiling) -> tuple[RoutingBuffers, RowGroups]:
         from dsv4.kernels.triton.routing import RowGroups
 
-        slots, most = call.topk_ids.numel(), tiling.widths[-1]
+        slots, most = call.topk_ids.numel(), tiling.tokens
         e = self.config.num_experts
         tiles, groups = capacity(slots, e, ROW_UNIT) // ROW_UNIT, capacity(slots, e, most) // most
         schedule = RowGroups(
@@ -367,7 +378,7 @@ def _row_tiles(config: MoEConfig) -> tuple[int, int]:
 
 def _narrowest(line: Tiling) -> bool:
     """Whether few tiles take shapes of their own in this line."""
-    return line.widths == TILINGS[0].widths
+    return line.loops == TILINGS[0].loops
 
 
 def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
@@ -377,27 +388,19 @@ def _one_wave(even: bool) -> list[tuple[int, int, int, int]]:
 
 def _gemm1_config(config: MoEConfig, tiling: Tiling, quantize: bool) -> HopperConfig:
     """GEMM 1; unless ``quantize``, of tokens as they are: W4A16's, and what calibration looks at."""
-    requantized = quantize and _requantizes(config)
     return HopperConfig(
-        (requantized and tiling.quantizing) or tiling.widths,
+        tiling.loops,
         *tiling.gemm1,
         gated=True,
         row_scale=quantize,
-        requantized=requantized,
+        requantized=quantize and _requantizes(config),
         weighted=config.route_weight == "before_down",
         limited=config.swiglu_limit is not None,
     ).fitted(2 * config.intermediate_size, config.hidden_size)
 
 
 def _gemm2_config(config: MoEConfig, tiling: Tiling) -> HopperConfig:
-    by_expert = _requantizes(config)
-    fitting = HopperConfig(
-        tiling.widths,
-        *tiling.gemm2,
-        row_scale=config.quantizes_activations and not by_expert,
-        expert_scale=by_expert,
-    )
-    return fitting.fitted(config.hidden_size, config.intermediate_size)
+    return HopperConfig(tiling.loops, *tiling.gemm2).fitted(config.hidden_size, config.intermediate_size)
 
 
 def kernels(config: MoEConfig) -> list[HopperConfig]:
@@ -427,7 +430,7 @@ def _plan(config: MoEConfig) -> BufferPlan:
     served = [(t, min(slots, int(min(t.rows_per_expert * e, slots)))) for t in TILINGS]
     rows = capacity(slots, e, ROW_UNIT)
     row_tiles = rows // ROW_UNIT
-    groups = max(capacity(s, e, t.widths[-1]) // t.widths[-1] for t, s in served)
+    groups = max(capacity(s, e, t.tokens) // t.tokens for t, s in served)
     staged = config.max_num_tokens * h if config.quantizes_activations or config.route_weight == "input" else 0
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "local_ids": ((slots,), torch.int32),

@@ -21,11 +21,12 @@ def tilings(benchmarks):
 
 
 def test_a_line_as_it_is_written(tilings):
-    """Widths, and one shape for both products."""
-    line = tilings.line("32,48:4,2,3,1")
-    assert line == hopper.Tiling(float("inf"), (32, 48), (4, 2, 3, 1), (4, 2, 3, 1))
-    for wrong in ("32,48", "32:4,2,3", "32:4,2,3,1,1", "a:4,2,3,1", "32:4,2,3,1:1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected widths:warpgroups"):
+    """Loops of widths, and one shape for both products."""
+    line = tilings.line("8,16+32,40-56+72:4,2,3,1")
+    loops = ((8,), (16, 32), (40, 48, 56, 72))
+    assert line == hopper.Tiling(float("inf"), loops, (4, 2, 3, 1), (4, 2, 3, 1))
+    for wrong in ("32,48", "32:4,2,3", "32:4,2,3,1,1", "a:4,2,3,1", "8+:4,2,3,1", "-8:4,2,3,1", "32:4,2,3,1:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected loops:warpgroups"):
             tilings.line(wrong)
 
 
@@ -59,4 +60,4 @@ def test_what_is_compiled_is_what_is_launched(tilings, monkeypatch):
     found = set(tilings.kernels("v4-flash", [line]))
     monkeypatch.setattr(hopper, "TILINGS", (hopper.TILINGS[0], line))
     launched = hopper.kernels(SHAPES["v4-flash"].config(activation_format="bf16"))
-    assert found == {kernel for kernel in launched if kernel.widths == line.widths}
+    assert found == {kernel for kernel in launched if kernel.loops == line.loops}

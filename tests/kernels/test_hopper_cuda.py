@@ -15,7 +15,7 @@ from dsv4.backends import hopper, proof
 from dsv4.backends.base import Verdict
 from dsv4.backends.hopper import ONE_WAVE, TILINGS, _gemm1_config, _gemm2_config
 from dsv4.config import MoEConfig
-from dsv4.kernels.hopper.config import ROW_UNIT
+from dsv4.kernels.hopper.config import FEW_SLOTS, ROW_UNIT
 from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.moe import Nvfp4MoE
 
@@ -123,6 +123,32 @@ def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
         assert torch.equal(alone[0], out[t])
 
 
+@LINES
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
+def test_every_width_of_every_line_matches_the_oracle(line, mode, monkeypatch):
+    """An expert for each number of row tiles up to the longest group, and none is full: all widths of all loops, and
+    what each does with fewer rows, in one call."""
+    experts = line.tokens // ROW_UNIT
+    rows = torch.arange(experts) * ROW_UNIT + 1 + torch.arange(experts) % (ROW_UNIT - 1)
+    tokens = int(rows.sum())
+    # Few slots are routed otherwise, which most lines never are.
+    fewest = replace(TILINGS[0], rows_per_expert=FEW_SLOTS / experts if tokens > FEW_SLOTS else 0.0)
+    monkeypatch.setattr(hopper, "TILINGS", (fewest, replace(line, rows_per_expert=float("inf"))))
+    x, w, _ = inputs(tokens, H, 1, experts, seed=line.tokens)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(experts).repeat_interleave(rows)[order, None]
+    weights = random_weights(experts, H, INTER, seed=1, split_gate_up=True)
+    settings = MODES[mode] | {"swiglu_limit": 2.0}
+    moe = build(target(), weights, top_k=1, max_num_tokens=max(tokens, 16), **SCALES, **settings)
+    out = poisoned(tokens, H, target()[1])
+    moe.run(*on(target()[1], x, w, ids), out=out)
+    settings = {"activation_scale": "static"} | settings
+    want = nearest_reference(out.cpu(), x, w, ids, weights, **SCALES, **settings)
+    for expert in range(experts):
+        served = ids[:, 0] == expert
+        assert relative_l2(out.cpu()[served], want[served]) <= BAR, expert
+
+
 @pytest.fixture
 def no_self_check(monkeypatch) -> Iterator[None]:
     """It would be most of what a tool that follows every access has to follow."""
@@ -132,17 +158,30 @@ def no_self_check(monkeypatch) -> Iterator[None]:
     proof.prove.cache_clear()
 
 
+def every_lane_releases(monkeypatch) -> None:
+    """Every lane says for itself that it has read a stage: racecheck does not see that one says it for a warp that is
+    together, and takes what the others have read for unordered as soon as the stage is filled again."""
+    from dsv4.kernels.hopper import launch
+
+    load = launch.gemm_kernel
+    monkeypatch.setattr(
+        launch, "gemm_kernel", lambda config, device: load(replace(config, every_lane_releases=True), device)
+    )
+
+
 @pytest.mark.usefixtures("no_self_check")
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-token", "w4a4-static"])
 @LINES
 @TILES
-def test_sanitize(line, mode, several):
-    """One call of every line and format, a small one, writes all of its result: for compute-sanitizer."""
+def test_sanitize(line, mode, several, monkeypatch):
+    """One call of every line and format, a small one, writes all of its result: for compute-sanitizer. Programs that
+    take several tiles fill their pipelines more than once: see ``every_lane_releases``."""
     top_k = 1
     tokens, experts = largest_call(TILINGS, line, top_k)
     weights = random_weights(experts, 256, 128, seed=1)
     moe = build(target(), weights, top_k=top_k, max_num_tokens=tokens, swiglu_limit=2.0, **SCALES, **MODES[mode])
     if several:
+        every_lane_releases(monkeypatch)
         with_few_programs(moe)
     out = poisoned(tokens, 256, target()[1])
     moe.run(*on(target()[1], *inputs(tokens, 256, top_k, experts)), out=out)
@@ -156,14 +195,8 @@ def test_sanitize(line, mode, several):
 @TILES
 def test_sanitize_long_k(line, hidden, inter, several, monkeypatch):
     """One expert, few tiles, and a K for which each pipeline is filled more than once, in either product, of which the
-    one with the short K takes several tiles a program where it is asked to. Every lane says for itself that it has
-    read a stage: racecheck does not see that one says it for a warp that is together."""
-    from dsv4.kernels.hopper import launch
-
-    load = launch.gemm_kernel
-    monkeypatch.setattr(
-        launch, "gemm_kernel", lambda config, device: load(replace(config, every_lane_releases=True), device)
-    )
+    one with the short K takes several tiles a program where it is asked to."""
+    every_lane_releases(monkeypatch)
     tokens = largest_call(TILINGS, line, 1)[0] // 8
     weights = random_weights(1, hidden, inter, seed=1)
     moe = build(target(), weights, top_k=1, max_num_tokens=max(tokens, 1), **SCALES, **MODES["w4a4-static"])
@@ -254,7 +287,7 @@ def test_scattered_and_gathered_rows_are_an_image(line):
     from dsv4.kernels.triton.stages import ScaleSource
     from kernels.row_groups import expected, poisoned_buffers
 
-    unit, most, experts, tokens, k = ROW_UNIT, line.widths[-1], 5, 3 * line.widths[-1] + 5, 256
+    unit, most, experts, tokens, k = ROW_UNIT, line.tokens, 5, 3 * line.tokens + 5, 256
     ids = torch.randint(-1, experts, (tokens, K), device="cuda")
     ids[::3] = 1  # a busy expert,
     ids[ids == 2] = 3  # and an idle one
@@ -293,7 +326,7 @@ def test_quantized_images_are_quantized_rows(line, source):
     from dsv4.kernels.triton.stages import ScaleSource, stage_rows
     from kernels.row_groups import poisoned_buffers
 
-    unit, most, experts, tokens, k = ROW_UNIT, line.widths[-1], 5, 2 * line.widths[-1] + 5, 2112
+    unit, most, experts, tokens, k = ROW_UNIT, line.tokens, 5, 2 * line.tokens + 5, 2112
     ids = torch.randint(-1, experts, (tokens, 1), device="cuda")
     ids[3:5] = 1
     x = inputs(tokens, k, 1, experts)[0].cuda()
@@ -355,7 +388,7 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight, severa
     settings: dict[str, Any] = {"route_weight": weight, "swiglu_limit": 2.0}
     moe = build(target(), random_weights(experts, H, INTER, seed=1), top_k=1, **SCALES, **settings)
     packed, offset = moe._packed, matrix_bytes(2 * INTER, H)
-    tables = poisoned_buffers(tokens, experts, ROW_UNIT, line.widths[-1], "cuda")
+    tables = poisoned_buffers(tokens, experts, ROW_UNIT, line.tokens, "cuda")
     route(ids, experts, ROW_UNIT, tables)
     tiles, groups, rows = tables.tiles, tables.groups, tables.tiles.row_slot.numel()
     image, row_scale = torch.zeros(rows * H, dtype=torch.bfloat16, device=device), torch.ones(rows, device=device)
@@ -376,17 +409,18 @@ def test_results_quantized_on_the_way_are_quantized_results(line, weight, severa
             gemm1, image, row_scale, packed.experts, 0, packed.l1_gs, tiles, groups, act, rows=2 * INTER, k=H,
             result_gs=scales, **shared,
         )  # fmt: skip
-        of_rows = scales
+        of_rows = None
         if not requantized:
             of_rows = torch.ones(rows, device=device)
             quantize_image(act, of_rows, tiles, groups, ROW_UNIT, INTER, ScaleSource.EXPERT, scales)
         out = torch.full((tokens, H), 7.0, device=device)
         grouped_gemm(
-            gemm2, act, of_rows, packed.experts, offset, packed.l2_gs, tiles, groups, out, rows=H, k=INTER, **shared
-        )
+            gemm2, act, of_rows, packed.experts, offset, packed.l2_gs, tiles, groups, out, rows=H, k=INTER,
+            expert_scale=scales if requantized else None, **shared,
+        )  # fmt: skip
         found.append((act, out))
         assert (min(groups.taken.tolist()) > 0) == several
-    want = expected(ids.flatten().tolist(), experts, ROW_UNIT, line.widths[-1])
+    want = expected(ids.flatten().tolist(), experts, ROW_UNIT, line.tokens)
     for group in want.groups():
         served = torch.tensor(want.row_slot[group.start : group.stop], device=device) >= 0
         got, unfused = (

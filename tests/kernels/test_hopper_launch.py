@@ -22,9 +22,10 @@ from kernels.fake_driver import FakeDriver, installed
 
 STREAM = 0x5EED
 E, S, TILES, GROUPS, OFFSET = 3, 40, 7, 5, 4608
-GATED = HopperConfig((8, 24), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True, requantized=True)
-PLAIN = HopperConfig((16, 32), 1, 2, 3, 1, wide_out=True)
-SCALED = replace(PLAIN, expert_scale=True)
+GATED = HopperConfig(
+    ((8,), (24,)), 2, 1, 4, 2, gated=True, row_scale=True, weighted=True, limited=True, requantized=True
+)
+PLAIN = HopperConfig(((16, 32),), 1, 2, 3, 1, wide_out=True)
 ROWS, DEPTH, MULTIPROCESSORS = 256, 512, 132
 
 
@@ -47,7 +48,7 @@ def operands(config: HopperConfig) -> dict[str, Any]:
         "gs": torch.zeros(E, 2) if config.gated else torch.zeros(E),
         "tiles": TileMap(table(rows), table(TILES), table(1)),
         "groups": RowGroups(
-            config.widths[-1],
+            config.tokens,
             slot_row=table(S),
             tile_start=table(TILES),
             tile_rows=table(TILES),
@@ -90,7 +91,7 @@ def test_every_argument_of_a_launch(driver, config):
     tiles_along_n = ROWS // (64 * config.warpgroups)
     assert got.grid == (GROUPS * tiles_along_n, 1, 1)
     assert got.block == (config.warpgroups * 128 + 32, 1, 1)
-    most = config.widths[-1]
+    most = config.tokens
     # Weights and tokens, two barriers and the tile that begins there.
     ring = config.stages * (config.blocks * (config.warpgroups * 4608 + most * 256) + 2 * 8 + 16)
     tables = 2 * most * 8  # slots and factors of a group's rows, of this one and the next
@@ -109,6 +110,7 @@ def test_every_argument_of_a_launch(driver, config):
         o["groups"].num_groups.data_ptr(),
         o["groups"].taken.data_ptr() + (0 if config.gated else 4),
         o["row_scale"].data_ptr(),
+        0,
         o["topk_weights"].data_ptr(),
         o["out"].data_ptr(),
     ]
@@ -132,14 +134,14 @@ def test_what_is_not_given_is_null(driver):
     """Operands that the configuration does not read may be missing; no limit is zero."""
     launch.grouped_gemm(PLAIN, **operands(PLAIN) | dict.fromkeys(("row_scale", "topk_weights", "limit", "result_gs")))
     arguments = driver.launches[0].arguments
-    assert (arguments[8], arguments[9], arguments[14], arguments[15]) == (0, 0, 0.0, 0)
+    assert (*arguments[8:11], arguments[15], arguments[16]) == (0, 0, 0, 0.0, 0)
 
 
 def test_scales_of_experts_are_as_many_as_experts(driver):
     """A product whose operand was quantized under scales of experts takes those, one for each."""
     scales = torch.zeros(E)
-    launch.grouped_gemm(SCALED, **operands(SCALED) | {"row_scale": scales})
-    assert driver.launches[0].arguments[8] == scales.data_ptr()
+    launch.grouped_gemm(PLAIN, **operands(PLAIN) | {"row_scale": None, "expert_scale": scales})
+    assert driver.launches[0].arguments[8:10] == [0, scales.data_ptr()]
 
 
 def test_programmatic_dependent_launch(driver):
@@ -175,7 +177,7 @@ def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, An
         (GATED, "matrix", lambda o: o.update(rows=192)),
         (GATED, "matrix", lambda o: o.update(k=448)),
         (PLAIN, "matrix", lambda o: o.update(k=384)),
-        (HopperConfig((16,), 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
+        (HopperConfig(((16,),), 1, 1, 3, 1, gated=True), "rows", lambda o: o.update(rows=192)),
         (GATED, "experts", lambda o: o.update(experts=o["experts"].to(torch.int8))),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, 16:])),
         (GATED, "experts", lambda o: o.update(experts=o["experts"][:, ::2])),
@@ -197,8 +199,12 @@ def tables(name: str, **changes: Callable[[Any], Any]) -> Callable[[dict[str, An
         (GATED, "taken", tables("groups", taken=lambda t: t[:1])),
         (GATED, "row_scale", lambda o: o.update(row_scale=None)),
         (GATED, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
-        (SCALED, "row_scale", lambda o: o.update(row_scale=None)),
-        (SCALED, "row_scale", lambda o: o.update(row_scale=torch.zeros(E - 1))),
+        (replace(GATED, row_scale=False), "row_scale", lambda o: None),
+        (PLAIN, "row_scale", lambda o: o.update(row_scale=shorter(o["row_scale"]))),
+        (PLAIN, "expert_scale", lambda o: o.update(row_scale=None, expert_scale=torch.zeros(E - 1))),
+        (PLAIN, "expert_scale", lambda o: o.update(expert_scale=torch.zeros(E))),
+        (GATED, "expert_scale", lambda o: o.update(expert_scale=torch.zeros(E))),
+        (replace(GATED, row_scale=False), "expert_scale", lambda o: o.update(row_scale=None, expert_scale=o["gs"])),
         (GATED, "result_gs", lambda o: o.update(result_gs=None)),
         (GATED, "result_gs", lambda o: o.update(result_gs=shorter(o["result_gs"]))),
         (replace(GATED, warpgroups=1), "warpgroups", lambda o: None),

@@ -48,8 +48,8 @@ FILLED = torch.tensor(TABLES.row_slot) >= 0
 SLOTS = [slot for slot in TABLES.row_slot if slot >= 0]
 """Of each row that is filled."""
 
-DOWN = HopperConfig((8,), 1, 1, 2, 1, wide_out=True)
-GATED = HopperConfig((8,), 2, 1, 2, 1, gated=True, limited=True)
+DOWN = HopperConfig(((8,),), 1, 1, 2, 1, wide_out=True)
+GATED = HopperConfig(((8,),), 2, 1, 2, 1, gated=True, limited=True)
 LIMIT = 2.0
 PROGRAMS = (1, 2, 100)
 """One that takes all tiles, fewer than tiles, and one for each tile."""
@@ -145,12 +145,10 @@ def test_scales_of_rows_and_of_experts():
     of_experts = torch.tensor([0.5, 2.0, 0.25, 4.0])
     plain = down(DOWN, 1)
     experts = torch.tensor(LOCAL)[SERVED]
-    assert torch.equal(
-        down(replace(DOWN, expert_scale=True), 1, row_scale=of_experts), plain * of_experts[experts, None]
-    )
+    assert torch.equal(down(DOWN, 1, expert_scale=of_experts), plain * of_experts[experts, None])
     of_rows = 2.0 ** torch.arange(-8, len(TABLES.row_slot) - 8)
     of_slots = of_rows[[row for row in TABLES.slot_row if row >= 0]]
-    assert torch.equal(down(replace(DOWN, row_scale=True), 2, row_scale=of_rows), plain * of_slots[:, None])
+    assert torch.equal(down(DOWN, 2, row_scale=of_rows), plain * of_slots[:, None])
 
 
 def swiglu_image(config: HopperConfig, programs: int, **operands: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def _compile(config: HopperConfig, arch: str) -> tuple[bytes, str]:
 CACHE = KernelCache(
     "hopper",
     (
-        *(_HERE / name for name in ("config.py", "grouped_gemm.py", "layout.py")),
+        *(_HERE / name for name in ("config.py", "grouped_gemm.py", "layout.py", "main_loops.py", "tile_end.py")),
         *(_HERE.parent / "cutedsl" / name for name in ("compiler.py", "ptx.py", "epilogue.py")),
         _HERE.parent / "triton" / "weight_layout.py",
     ),

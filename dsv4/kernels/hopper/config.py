@@ -27,17 +27,18 @@ class HopperConfig:
     """One compiled kernel.
 
     Attributes:
-        widths: numbers of tokens that main loops are compiled for, ascending multiples of 8 up to 256. A row group
-            takes the first that holds it. Each costs registers, although one is used at a time: with too many, ptxas
-            waits for every single wgmma (tests/kernels/test_hopper_compile.py counts).
+        loops: main loops, each with the numbers of tokens (widths) that it multiplies by, ascending multiples of 8 up
+            to 256 in all. A row group takes the first width that holds it. A loop costs 16 registers, although one is
+            used at a time: with too many, ptxas waits for every single wgmma (tests/kernels/test_hopper_compile.py
+            counts). Further widths of a loop cost none, but branches: see :mod:`dsv4.kernels.hopper.main_loops`.
         warpgroups: consumers of 64 weight rows each.
         blocks: 128s of K in a pipeline stage.
         stages: depth of the pipeline.
         programs_per_sm: programs that share a multiprocessor.
         gated: rows alternate between gate and up by eights, and the result is SwiGLU's, written as an image.
         wide_out: fp32 results, else bf16 (not with ``gated``).
-        row_scale: multiply each token's results by its own fp32 number.
-        expert_scale: likewise, but a number for each expert (not with ``row_scale``).
+        row_scale: multiply each token's results by its own fp32 number, before SwiGLU (with ``gated``; results that are
+            written as they are take one for each token, for each expert or none, as a launch says).
         weighted: multiply SwiGLU's result by the routing weight.
         requantized: the image that is written is ``e2m1 * sf``, under a global scale for each expert (with ``gated``).
             A scale group lies in two warpgroups, so that there is an even number of those.
@@ -48,7 +49,7 @@ class HopperConfig:
             for compute-sanitizer, which does not see that they have read by then.
     """
 
-    widths: tuple[int, ...]
+    loops: tuple[tuple[int, ...], ...]
     warpgroups: int
     blocks: int
     stages: int
@@ -56,12 +57,16 @@ class HopperConfig:
     gated: bool = False
     wide_out: bool = False
     row_scale: bool = False
-    expert_scale: bool = False
     weighted: bool = False
     limited: bool = False
     requantized: bool = False
     follows_routing: bool = False
     every_lane_releases: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of all loops."""
+        return tuple(width for loop in self.loops for width in loop)
 
     @property
     def tokens(self) -> int:
@@ -72,7 +77,7 @@ class HopperConfig:
     def producer_group(self) -> bool:
         """Whether registers move from the producer to the consumers, which takes a whole warpgroup of producers.
 
-        For many tokens, and for several main loops of four warpgroups.
+        For many tokens, and for several widths of four warpgroups.
         """
         several = self.warpgroups == 4 and len(self.widths) > 1
         return self.programs_per_sm == 1 and self.warpgroups > 1 and (self.tokens >= 128 or several)

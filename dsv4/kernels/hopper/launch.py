@@ -17,7 +17,7 @@ from dsv4.kernels.hopper.layout import matrix_bytes
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 
-GEMM_SIGNATURE = (ctypes.c_int64,) * 12 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_int64)
+GEMM_SIGNATURE = (ctypes.c_int64,) * 13 + (ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_int64)
 """Arguments of :class:`dsv4.kernels.hopper.grouped_gemm.GroupedGemm`, without the grid."""
 
 
@@ -30,6 +30,7 @@ def _check_operands(
     config: HopperConfig,
     image: Tensor,
     row_scale: Tensor | None,
+    expert_scale: Tensor | None,
     experts: Tensor,
     offset: int,
     gs: Tensor,
@@ -71,8 +72,14 @@ def _check_operands(
         ("taken", groups.taken, torch.int32, 2),
         ("out", out, torch.float32 if config.wide_out else torch.bfloat16, config.gated * image_rows * rows // 2),
     ]
-    if config.row_scale or config.expert_scale:
-        operands.append(("row_scale", row_scale, torch.float32, image_rows if config.row_scale else num_experts))
+    if config.gated and not config.row_scale and row_scale is not None:
+        raise _unfit("row_scale", row_scale, "None, of a gated product whose kernel does not read it")
+    if expert_scale is not None and (config.gated or row_scale is not None):
+        raise _unfit("expert_scale", expert_scale, "None, of a gated product and beside row_scale")
+    if config.row_scale or row_scale is not None:
+        operands.append(("row_scale", row_scale, torch.float32, image_rows))
+    if expert_scale is not None:
+        operands.append(("expert_scale", expert_scale, torch.float32, num_experts))
     if config.weighted:
         operands.append(("topk_weights", topk_weights, torch.float32, 0))
     if config.requantized:
@@ -104,6 +111,7 @@ def grouped_gemm(
     k: int,
     multiprocessors: int,
     limit: float | None = None,
+    expert_scale: Tensor | None = None,
     topk_weights: Tensor | None = None,
     result_gs: Tensor | None = None,
     dependent: bool = False,
@@ -113,7 +121,8 @@ def grouped_gemm(
     Args:
         config: which kernel; its flags say which of the optional operands are read.
         image: bf16, the tokens: see :mod:`dsv4.kernels.hopper.stages`.
-        row_scale: fp32, by row of the tile map; with ``config.expert_scale`` by expert.
+        row_scale: fp32, by row of the tile map: multiplied into the row's results. With ``config.row_scale``, or, if
+            the product is not gated, where it is given.
         experts: uint8 ``[E, bytes]``.
         offset: first byte of the matrix.
         gs: fp32 ``[E, 2]`` for a gated product, else ``[E]``.
@@ -124,6 +133,7 @@ def grouped_gemm(
         rows: of the matrix, a multiple of ``64 * config.warpgroups``.
         k: a multiple of ``128 * config.blocks``.
         multiprocessors: of the device.
+        expert_scale: fp32 ``[E]``, likewise by expert, in place of ``row_scale`` (not of a gated product).
         limit: of SwiGLU.
         topk_weights: fp32, by slot.
         result_gs: fp32 ``[E]``, at least 2^-100 each: the next image's global scales, where it is quantized.
@@ -133,7 +143,10 @@ def grouped_gemm(
     Raises:
         InputError: the matrix is not whole tiles of this configuration, or an operand's dtype or size does not fit.
     """
-    _check_operands(config, image, row_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights, result_gs)
+    _check_operands(
+        config, image, row_scale, expert_scale, experts, offset, gs, tiles, groups, out, rows, k, topk_weights,
+        result_gs,
+    )  # fmt: skip
     n_tiles = rows // (64 * config.warpgroups)
     grid = min(multiprocessors * config.programs_per_sm, groups.group_expert.shape[0] * n_tiles)
     gemm_kernel(config, image.device.index or 0)(
@@ -148,6 +161,7 @@ def grouped_gemm(
         groups.num_groups.data_ptr(),
         groups.taken[0 if config.gated else 1].data_ptr(),
         row_scale.data_ptr() if row_scale is not None else 0,
+        expert_scale.data_ptr() if expert_scale is not None else 0,
         topk_weights.data_ptr() if topk_weights is not None else 0,
         out.data_ptr(),
         experts.stride(0),
