@@ -285,10 +285,12 @@ class GroupedGemm(MainLoops, TileEnd):
                 if cutlass.const_expr(cfg.row_scale):
                     factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
                 elif cutlass.const_expr(not cfg.gated):
-                    if row_scale != 0:
-                        factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
+                    # One load of either: a second one to the same register waits for the first, asked for or not.
+                    scale = row_scale + Int64(row + tidx) * 4
                     if expert_scale != 0:
-                        factor = ptx.load_f32(expert_scale + Int64(expert) * 4)
+                        scale = expert_scale + Int64(expert) * 4
+                    if row_scale != 0 or expert_scale != 0:
+                        factor = ptx.load_f32(scale)
             at = tables + table * (cfg.tokens * 8)
             narrower = 0
             for loop in cutlass.range_constexpr(len(loops)):
