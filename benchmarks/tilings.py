@@ -46,11 +46,16 @@ def line(text: str) -> Tiling:
     loops, for 8, for 16 and 24, and for 32, 40 and 48."""
     try:
         left, right = text.split(":")
-        ranges = [[[int(n) for n in ends.split("-")] for ends in loop.split("+")] for loop in left.split(",")]
+        ranges = [[[int(n) for n in ends.split("-", 1)] for ends in loop.split("+")] for loop in left.split(",")]
         loops = tuple(tuple(n for ends in loop for n in range(ends[0], ends[-1] + 1, 8)) for loop in ranges)
         warpgroups, blocks, stages, programs = (int(n) for n in right.split(","))
+        widths = [n for loop in loops for n in loop]
+        if widths != sorted({n for n in widths if n > 0 and n % 8 == 0}) or not all(loops):
+            raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: expected loops:warpgroups,blocks,stages,programs") from None
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected loops:warpgroups,blocks,stages,programs, widths of loops ascending multiples of 8"
+        ) from None
     product = (warpgroups, blocks, stages, programs)
     return Tiling(float("inf"), loops, product, product)
 

@@ -59,7 +59,7 @@ class Tiling:
 
 
 # Measured on an H200, W4A16, microseconds of the whole layer, in a process that replayed nothing but the lines of a row
-# in turn; floor of each T in brackets. Rows are of several H200s and days, which differ by up to 5 %. A tiling is
+# in turn; floor of each T in brackets. Rows are of several H200s and days, and do not compare. A tiling is
 # written as loops, a + between the widths of one: warpgroups, K blocks, stages, programs. V4-Flash:
 #   T = 16 [259], 64 [634], 128 [775]: 8: 2,2,5,2 284, 675, 845; 2,2,3,3 287, 669, 846; 4,1,5,2 706, 876 (T = 64, 128);
 #     1,2,5,3 289 (T = 16), 877 (T = 128). V4-Pro, T = 16, 32, 64 [716, 1277, 2039]: 2,2,5,2 786, 1398, 2218; 2,2,3,3
@@ -70,9 +70,10 @@ class Tiling:
 #   T = 1024 [816], 4,2,3,1: 16+24, 32, 40 1148; 16+24, 32+40+48 1152; 24, 32, 40 1156; 16+24, 32+40 1158. Before: 24,
 #     32: 4,2,4,1 1204; 4,1,7,1 1257.
 #   T = 2048 [816]: 40+48, 56+64+72: 4,2,3,1 1459; 48, 56+64: 4,2,3,1 1474; 40+48, 56+64: 4,2,3,1 1484; 48, 64: 4,1,5,1
-#     1548. (For a GEMM 1 that quantizes its result 72 tokens are 224 bytes of shared memory too much.)
+#     1548. (For a GEMM 1 that quantizes its result 72 tokens are 1248 bytes of shared memory too much; 40
+#     stands for skewed routings.)
 #   T = 4096 [1602], 2,1,5,1: 80+88, 96, 104, 112, 120+128 2341; 64+80, 88, 96, 104, 112, 120+128 2345; 80, 88, 96, 104,
-#     112, 128 2346; before: all widths up to 128 in one loop 2737 where the last of these took 2445.
+#     112, 128 2346. All in one loop, before: up to 128 by eights 2737; 80, 88, 96, 104, 112, 128 2445.
 #   T = 8192 [3205], and under Zipf, 2,1,3,1: 64+128, 176+184, 192, 200, 208+224 4120, 4727; 32+64+96+128+160, 176+184,
 #     192, 200, 208+216+224 4134, 4662; 64, 128, 184, 200, 224 4244, 4824. (48+56+64+72+80, 96+104+112, 120, 128, 136,
 #     144, 152+160: 2,1,4,1 under Zipf: 4591; with it an expert of 192 rows is decoded twice.) A GEMM 1 that quantizes

@@ -20,12 +20,16 @@ def tilings(benchmarks):
     return importlib.import_module("tilings")
 
 
+ILL = [f"{loops}:4,2,3,1" for loops in ("48,32", "9", "0", "16-8", "8-16-32", "8,8", "16+24,24-40", "8,32-16")]
+"""Widths that no kernel has, in this order."""
+
+
 def test_a_line_as_it_is_written(tilings):
     """Loops of widths, and one shape for both products."""
     line = tilings.line("8,16+32,40-56+72:4,2,3,1")
     loops = ((8,), (16, 32), (40, 48, 56, 72))
     assert line == hopper.Tiling(float("inf"), loops, (4, 2, 3, 1), (4, 2, 3, 1))
-    for wrong in ("32,48", "32:4,2,3", "32:4,2,3,1,1", "a:4,2,3,1", "8+:4,2,3,1", "-8:4,2,3,1", "32:4,2,3,1:1"):
+    for wrong in ("32,48", "32:4,2,3", "32:4,2,3,1,1", "a:4,2,3,1", "8+:4,2,3,1", "-8:4,2,3,1", "32:4,2,3,1:1", *ILL):
         with pytest.raises(argparse.ArgumentTypeError, match="expected loops:warpgroups"):
             tilings.line(wrong)
 

@@ -210,7 +210,7 @@ def test_tensor_cores_work_while_weights_are_decoded(config: HopperConfig) -> No
         batches = [set(registers[at : at + 4]) for at in range(0, len(registers), 4)]
         halves = batches[::widths]
         assert batches == [half for half in halves for _ in range(widths)]
-        assert all(not one & other for one, other in pairwise(halves))
+        assert all(not one & other for one, other in pairwise([*halves, halves[0]]))
     assert sorted(waits(code.instructions)) == [0] * len(loops) + [1] * (tiles * len(loops))
 
 
@@ -246,6 +246,16 @@ def test_arguments_stand_where_the_launcher_puts_them(config: HopperConfig) -> N
         places.append((end, size))
         end += size
     assert machine_code(config).parameters == places
+
+
+@CONFIGS
+def test_a_programs_first_tile_waits_for_memory_once(config: HopperConfig) -> None:
+    """All that is looked up for it, four words, is asked for before the first of them is used for a branch."""
+    code = machine_code(config).instructions
+    kinds = [i.kind for i in code]
+    asked, written = kinds.index("LDG"), kinds.index("STS.128")
+    assert counts(code[asked:written])["LDG"] == 4
+    assert "BRA" not in kinds[asked:written]
 
 
 @CONFIGS

@@ -131,7 +131,7 @@ def test_the_grid_is_no_more_than_is_resident(driver):
 
 
 def test_what_is_not_given_is_null(driver):
-    """Operands that the configuration does not read may be missing; no limit is zero."""
+    """Operands that the configuration does not need may be missing; no limit is zero."""
     launch.grouped_gemm(PLAIN, **operands(PLAIN) | dict.fromkeys(("row_scale", "topk_weights", "limit", "result_gs")))
     arguments = driver.launches[0].arguments
     assert (*arguments[8:11], arguments[15], arguments[16]) == (0, 0, 0, 0.0, 0)

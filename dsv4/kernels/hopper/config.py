@@ -17,7 +17,7 @@ FEWEST_SLOTS, FEW_SLOTS = 16, 64
 up to the lower number with fewer comparisons."""
 
 MMA_TOKENS = 8
-"""Row groups of up to so many rows are multiplied by ``mma`` (a warp's), wider ones by ``wgmma`` (a warpgroup's).
+"""A loop for up to so many rows multiplies with ``mma`` (a warp's), others with ``wgmma`` (a warpgroup's).
 
 For 8 tokens ``mma`` is the faster one, 6 %; for 16 they are equal, and for more ``wgmma`` is."""
 

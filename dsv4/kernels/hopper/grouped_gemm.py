@@ -11,7 +11,7 @@ codes and ``[128 threads][4]`` scales, exactly what each thread of a warpgroup m
 [64]`` bf16, K permuted as in the weights, the 16-byte chunks of a 128-byte row swizzled the way wgmma wants to read
 them. A stage of the pipeline is therefore a few 1-D bulk copies: no tensor map, no gather, no address arithmetic but a
 sum. GEMM 1 writes its result as such images, quantized where the scales are known ahead. Loops are compiled for several
-numbers of tokens (:mod:`dsv4.kernels.hopper.main_loops`); up to 8 are multiplied by ``mma``, which wants the same
+numbers of tokens (:mod:`dsv4.kernels.hopper.main_loops`); one for up to 8 multiplies with ``mma``, which wants the same
 fragments of weights as ``wgmma``.
 
 **Warps.** One producer thread keeps the pipeline full; each consumer warpgroup owns 64 rows of the tile and decodes 64

@@ -119,7 +119,8 @@ def grouped_gemm(
     """Multiply every row group with its expert's matrix.
 
     Args:
-        config: which kernel; its flags say which of the optional operands are read.
+        config: which kernel; its flags say which optional operands are needed, but for the scales of a product that is
+            not gated.
         image: bf16, the tokens: see :mod:`dsv4.kernels.hopper.stages`.
         row_scale: fp32, by row of the tile map: multiplied into the row's results. With ``config.row_scale``, or, if
             the product is not gated, where it is given.

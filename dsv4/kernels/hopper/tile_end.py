@@ -26,11 +26,11 @@ class TileEnd:
         self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, gs,
         topk_weights, out, n_tiles, limit,
     ):  # fmt: skip
-        """The end of a tile: eight rows after the other."""
+        """The end of a tile of ``width`` rows, more than ``narrower`` and up to ``tokens``: eight after the other."""
         cfg = self.config
         for n in cutlass.range_constexpr(tokens // 8):
             values = [acc[4 * n + i] for i in range(4)]
-            if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:  # fewer rows than the next width takes: none
+            if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:
                 if cutlass.const_expr(cfg.gated):
                     self.write_image(values, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit)
                 else:
