@@ -8,7 +8,6 @@ that holds one layer.
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,9 +29,9 @@ BF16_TFLOP_PER_S = 772.0
 """Measured on an H200: a dense 8192^3 product."""
 
 REPLAYS = (3, 9)
-"""The fewest and the most timed replays of a graph."""
+"""The fewest timed replays of a slow graph, and of any other."""
 
-REPLAY_US = 1e6
+REPLAY_US = 2e6
 """A graph so slow that its replays together would take longer is replayed less often."""
 
 PROOF_ROWS = 8
@@ -148,20 +147,32 @@ def proof(captured: Captured, calls: Sequence[Call], weights: Weights, limit: fl
     return relative_error(found, reference(weights, call, rows, limit, contender.activations))
 
 
+def balanced_orders(count: int) -> list[list[int]]:
+    """Orders of so many contenders, in which each stands right behind each other one equally often.
+
+    E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments, Australian
+    Journal of Scientific Research A 2 (1949): a zigzag through a cycle, shifted; of an odd number also backwards.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
+    rows = [[(place + shift) % count for place in zigzag] for shift in range(count)]
+    return rows if count % 2 == 0 else rows + [row[::-1] for row in rows]
+
+
 def interleaved(
-    graphs: Mapping[str, Graph], layers: int, most: int = REPLAYS[1]
+    graphs: Mapping[str, Graph], layers: int, least: int = REPLAYS[1]
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Median microseconds of one layer for each contender, and how many replays that is of; they take turns.
 
-    In an order of its own each time: a chip at its power limit is faster for a while behind one that draws less.
+    A chip at its power limit is faster for a while behind a contender that draws less: orders are balanced, and replays
+    are the first multiple of them from ``least`` on, or fewer of a slow graph.
     """
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     first = {name: (elapsed_us(graph), elapsed_us(graph))[1] for name, graph in graphs.items()}
-    replays = {name: max(min(REPLAYS[0], most), min(most, int(REPLAY_US / us))) for name, us in first.items()}
-    order, names = random.Random(0), list(graphs)
-    for turn in range(max(replays.values(), default=0)):
-        order.shuffle(names)
-        for name in names:
+    names, orders = list(graphs), balanced_orders(len(graphs))
+    turns = orders * -(-least // max(len(orders), 1))
+    replays = {name: max(min(REPLAYS[0], least), min(len(turns), int(REPLAY_US / us))) for name, us in first.items()}
+    for turn, order in enumerate(turns):
+        for name in (names[place] for place in order):
             if turn < replays[name]:
                 samples[name].append(elapsed_us(graphs[name]) / layers)
     return {name: round(statistics.median(times), 2) for name, times in samples.items()}, replays
