@@ -25,6 +25,7 @@ CACHE = KernelCache(
             _HERE.parent / "cutedsl" / name
             for name in ("compiler.py", "epilogue.py", "ptx.py", "schedule.py", "sizes.py")
         ),
+        _HERE.parent.parent / "ops" / "layouts.py",
     ),
     _compile,
 )

@@ -26,6 +26,7 @@ CACHE = KernelCache(
         *(_HERE / name for name in ("config.py", "grouped_gemm.py", "layout.py", "main_loops.py", "tile_end.py")),
         *(_HERE.parent / "cutedsl" / name for name in ("compiler.py", "ptx.py", "epilogue.py")),
         _HERE.parent / "triton" / "weight_layout.py",
+        _HERE.parent.parent / "ops" / "layouts.py",
     ),
     _compile,
 )
