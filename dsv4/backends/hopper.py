@@ -301,8 +301,8 @@ class HopperBackend(PortableBackend):
         quantize: bool,
     ) -> None:
         """Routing, tokens to their rows, GEMM 1, SwiGLU: the image ``act``, quantized if its scales are known ahead."""
+        from dsv4.kernels.hopper.few_slots import route_and_scatter
         from dsv4.kernels.hopper.launch import grouped_gemm
-        from dsv4.kernels.hopper.stages import route_and_scatter
         from dsv4.kernels.triton.stages import ScaleSource, batch_amax
 
         cfg, x = self.config, call.hidden_states

@@ -12,9 +12,10 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from dsv4.kernels.hopper import stages
+from dsv4.kernels.hopper import few_slots
+from dsv4.kernels.hopper.few_slots import route_and_scatter
 from dsv4.kernels.hopper.layout import BLOCK_BYTES, to_image
-from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, route_and_scatter, scatter_rows
+from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, scatter_rows
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
@@ -216,7 +217,7 @@ def check_fetching() -> None:
         piece = getattr(PIECE, "value", PIECE)
         asked.extend((int(a), piece) for a in address.handle.data[mask.handle.data])
 
-    stages._fetch, before = fetch, stages._fetch
+    few_slots._fetch, before = fetch, few_slots._fetch
     tl.extra.cuda.gdc_launch_dependents = tl.extra.cuda.gdc_wait = lambda **_: None
     k, experts = 2048, 9
     run_bytes = k // 128 * BLOCK_BYTES
@@ -248,7 +249,7 @@ def check_fetching() -> None:
             first, pieces = tiles[:number], min(32, 12288 // number)
             assert sorted(asked) == sorted((at + 1152 * piece, 1152) for at in first for piece in range(pieces))
     finally:
-        stages._fetch = before
+        few_slots._fetch = before
 
 
 def check_gather() -> None:
