@@ -138,7 +138,7 @@ class GroupedGemm(MainLoops, TileEnd):
             )  # fmt: skip
 
     @cute.jit
-    def place(self, tile, n_tiles, group_expert, group_row):
+    def look_up(self, tile, n_tiles, group_expert, group_row):
         """``(place in the matrix, first row of the group, number of rows, expert)`` of an output tile."""
         group = Uint32(tile) // Uint32(n_tiles)
         place = tile - Int32(group) * n_tiles
@@ -147,8 +147,14 @@ class GroupedGemm(MainLoops, TileEnd):
         return place, row, end - row, ptx.load_i32(group_expert + of_group)
 
     @cute.jit
+    def operands(self, experts, image, expert_bytes, run_bytes, k_blocks, place, row, expert):
+        """``(weight, token)``: where the weights and the tokens of a tile begin."""
+        weight = experts + Int64(expert) * expert_bytes + Int64(place * self.config.warpgroups) * Int64(run_bytes)
+        return weight, image + Int64(row) * Int64(k_blocks * 256)
+
+    @cute.jit
     def tile_of_stage(self, base, stage):
-        """Where four words say which tile begins in a stage: what :meth:`place` says of it."""
+        """Where four words say which tile begins in a stage: what :meth:`look_up` says of it."""
         return base.toint() + self.config.tiles_at + stage * 16
 
     @cute.jit
@@ -189,13 +195,12 @@ class GroupedGemm(MainLoops, TileEnd):
         ahead = Int32(0)
         # Of the first tile, whether there is one or not: what waits for memory waits once. It is written down before
         # the question, behind which ptxas would put the loads.
-        place, row, width, expert = self.place(tile, n_tiles, group_expert, group_row)
+        place, row, width, expert = self.look_up(tile, n_tiles, group_expert, group_row)
         total = ptx.load_i32(num_groups) * n_tiles
         ptx.shared_store_quad(self.tile_of_stage(base, stage), (place, row, width, expert))
         if tile < total:
             # Weights depend on no other launch: the first stages are on their way before the tokens are there.
-            weight = experts + Int64(expert) * expert_bytes + Int64(place * groups) * Int64(run_bytes)
-            token = image + Int64(row) * Int64(k_blocks * 256)
+            weight, token = self.operands(experts, image, expert_bytes, run_bytes, k_blocks, place, row, expert)
             ahead = cutlass.min(chunks, Int32(stages))
             for i in cutlass.range(ahead, unroll=1):
                 cute.arch.mbarrier_arrive_and_expect_tx(full + i, groups * weight_bytes + width * (cfg.blocks * 256))
@@ -224,8 +229,7 @@ class GroupedGemm(MainLoops, TileEnd):
             if ahead == 0:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 ptx.shared_store_quad(self.tile_of_stage(base, stage), (place, row, width, expert))
-            weight = experts + Int64(expert) * expert_bytes + Int64(place * groups) * Int64(run_bytes)
-            token = image + Int64(row) * Int64(k_blocks * 256)
+            weight, token = self.operands(experts, image, expert_bytes, run_bytes, k_blocks, place, row, expert)
             width_bytes = width * (cfg.blocks * 256)
             weight += Int64(ahead * weight_bytes)
             token += Int64(ahead * width_bytes)
@@ -237,21 +241,18 @@ class GroupedGemm(MainLoops, TileEnd):
                 self.load_tokens(tokens_at + stage * token_bytes, token, width, barrier)
                 weight += weight_bytes
                 token += Int64(width_bytes)
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase ^= 1
+                stage, phase = self.next_stage(stage, phase)
             ahead = Int32(0)
             tile = before + programs
             if tile < total:
-                place, row, width, expert = self.place(tile, n_tiles, group_expert, group_row)
+                place, row, width, expert = self.look_up(tile, n_tiles, group_expert, group_row)
         cute.arch.mbarrier_wait(empty + stage, phase)
         ptx.shared_store_word(self.tile_of_stage(base, stage), Int32(-1))
         cute.arch.mbarrier_arrive(full + stage)
 
     @cute.jit
     def next_tile(self, base, full, stage, phase):
-        """What :meth:`place` says of the tile that begins in a stage; -1 for the first word if none does."""
+        """What :meth:`look_up` says of the tile that begins in a stage; -1 for the first word if none does."""
         cute.arch.mbarrier_wait(full + stage, phase)
         return [word.bitcast(Int32) for word in ptx.shared_quad(self.tile_of_stage(base, stage))]
 

@@ -45,6 +45,28 @@ class MainLoops:
     config: HopperConfig
 
     @cute.jit
+    def next_stage(self, stage, phase):
+        """The pipeline's next stage, and the phase of its barriers: each time around it is the other one."""
+        stage += 1
+        if stage == self.config.stages:
+            stage = Int32(0)
+            phase ^= 1
+        return stage, phase
+
+    @cute.jit
+    def release(self, empty, stage, lane, there=True):
+        """Say that a consumer warp has read a stage, if there is one: a lane for all, unless each is to for itself."""
+        cute.arch.sync_warp()
+        if there and (cutlass.const_expr(self.config.every_lane_releases) or lane == 0):
+            cute.arch.mbarrier_arrive(empty + stage)
+
+    @cute.jit
+    def block_of_stage(self, at, thread):
+        """A thread's part of the block of 128 of K at an address: two scales of each half, and four words of codes."""
+        scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
+        return scales, [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
+
+    @cute.jit
     def multiply(self, base, full, empty, chunks, stage, phase, acc, a, width, widths: cutlass.Constexpr):
         """The main loop of a tile: wgmma on 64 of K while the next are decoded."""
         cfg = self.config
@@ -60,9 +82,7 @@ class MainLoops:
             cute.arch.mbarrier_wait(full + stage, phase)
             weights = weights_at + stage * (groups * weight_bytes)
             for block in cutlass.range_constexpr(cfg.blocks):
-                at = weights + block * BLOCK_BYTES
-                scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
-                quads = [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
+                scales, quads = self.block_of_stage(weights + block * BLOCK_BYTES, thread)
                 for half in cutlass.range_constexpr(2):
                     decode(quads[half], scales, half, fragments[half])
                     depth = (stage * cfg.blocks + block) * 2 + half
@@ -71,18 +91,11 @@ class MainLoops:
                     warpgroup.wait_group(1)
                     if cutlass.const_expr(block == 0 and half == 0):
                         # Everything of the stage before is multiplied.
-                        cute.arch.sync_warp()
-                        if chunk > 0 and (cutlass.const_expr(cfg.every_lane_releases) or lane == 0):
-                            cute.arch.mbarrier_arrive(empty + before)
+                        self.release(empty, before, lane, chunk > 0)
             before = stage
-            stage += 1
-            if stage == stages:
-                stage = Int32(0)
-                phase ^= 1
+            stage, phase = self.next_stage(stage, phase)
         warpgroup.wait_group(0)
-        cute.arch.sync_warp()
-        if cutlass.const_expr(cfg.every_lane_releases) or lane == 0:
-            cute.arch.mbarrier_arrive(empty + before)
+        self.release(empty, before, lane)
         return stage, phase
 
     @cute.jit
@@ -123,10 +136,7 @@ class MainLoops:
         c = cute.make_tensor(acc.iterator, cute.make_layout(thread_mma.partition_shape_C((64, tokens))))
         warpgroup.fence()
         for k in cutlass.range_constexpr(4):
-            if cutlass.const_expr(k == 0):
-                mma.set(warpgroup.Field.ACCUMULATE, begun)
-            else:
-                mma.set(warpgroup.Field.ACCUMULATE, True)
+            mma.set(warpgroup.Field.ACCUMULATE, begun if cutlass.const_expr(k == 0) else True)
             cute.gemm(mma, c, a[None, None, k], b[None, None, k, depth], c)
         warpgroup.commit_group()
 
@@ -151,9 +161,7 @@ class MainLoops:
             weights = weights_at + stage * (groups * weight_bytes)
             lines = tokens_at + stage * token_bytes
             for block in cutlass.range_constexpr(cfg.blocks):
-                at = weights + block * BLOCK_BYTES
-                scales = ptx.shared_word(at + CODE_BYTES + thread * 4)
-                quads = [ptx.shared_quad(at + half * (CODE_BYTES // 2) + thread * 16) for half in range(2)]
+                scales, quads = self.block_of_stage(weights + block * BLOCK_BYTES, thread)
                 for half in cutlass.range_constexpr(2):
                     line = lines + (2 * block + half) * (cfg.tokens * 128)
                     tokens = [*ptx.load_matrices(line), *ptx.load_matrices(line ^ 64)]
@@ -166,11 +174,6 @@ class MainLoops:
                         )
                         for i in cutlass.range_constexpr(4):
                             acc[i] = result[i]
-            cute.arch.sync_warp()
-            if cutlass.const_expr(cfg.every_lane_releases) or lane == 0:
-                cute.arch.mbarrier_arrive(empty + stage)
-            stage += 1
-            if stage == stages:
-                stage = Int32(0)
-                phase ^= 1
+            self.release(empty, stage, lane)
+            stage, phase = self.next_stage(stage, phase)
         return stage, phase
