@@ -158,19 +158,17 @@ def balanced_orders(count: int) -> list[list[int]]:
     return rows if count % 2 == 0 else rows + [row[::-1] for row in rows]
 
 
-def interleaved(
-    graphs: Mapping[str, Graph], layers: int, least: int = REPLAYS[1]
-) -> tuple[dict[str, float], dict[str, int]]:
+def interleaved(graphs: Mapping[str, Graph], layers: int) -> tuple[dict[str, float], dict[str, int]]:
     """Median microseconds of one layer for each contender, and how many replays that is of; they take turns.
 
-    A chip at its power limit is faster for a while behind a contender that draws less: orders are balanced, and replays
-    are the first multiple of them from ``least`` on, or fewer of a slow graph.
+    A chip at its power limit is faster for a while behind a contender that draws less: orders are balanced, and all of
+    them are replayed equally often, but for the last replays of a slow graph.
     """
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     first = {name: (elapsed_us(graph), elapsed_us(graph))[1] for name, graph in graphs.items()}
     names, orders = list(graphs), balanced_orders(len(graphs))
-    turns = orders * -(-least // max(len(orders), 1))
-    replays = {name: max(min(REPLAYS[0], least), min(len(turns), int(REPLAY_US / us))) for name, us in first.items()}
+    turns = orders * -(-REPLAYS[1] // max(len(orders), 1))
+    replays = {name: max(REPLAYS[0], min(len(turns), int(REPLAY_US / us))) for name, us in first.items()}
     for turn, order in enumerate(turns):
         for name in (names[place] for place in order):
             if turn < replays[name]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from oracle import OracleWeights, nearest_reference, random_weights, relative_l2
 
 from dsv4.backends import hopper, proof
 from dsv4.backends.base import Verdict
-from dsv4.backends.hopper import ONE_WAVE, TILINGS, _gemm1_config, _gemm2_config
+from dsv4.backends.hopper import ONE_WAVE, TILINGS, Tiling, _gemm1_config, _gemm2_config
 from dsv4.config import MoEConfig
 from dsv4.kernels.hopper.config import FEW_SLOTS, ROW_UNIT
 from dsv4.kernels.hopper.layout import matrix_bytes
@@ -33,7 +33,13 @@ EVERY_MODE: dict[str, dict[str, Any]] = MODES | {
     "w4a4-calibrated": {"activation_format": "nvfp4", "activation_scale": "calibrated"},
     "w4a4-per-expert": MODES["w4a4-static"] | {"l1_scale_policy": "per_expert"},
 }
-LINES = pytest.mark.parametrize("line", TILINGS, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
+
+
+def of_lines(lines: Sequence[Tiling]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("line", lines, ids=lambda line: f"up-to-{line.rows_per_expert:g}")
+
+
+LINES = of_lines(TILINGS)
 TILES = pytest.mark.parametrize("several", [False, True], ids=["a-tile-each", "several-tiles-each"])
 """Of a program. Layers as small as these have fewer tiles than a GPU has places for programs."""
 
@@ -124,11 +130,7 @@ def test_every_line_replays_and_keeps_a_tokens_bits(line, mode):
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4-static", "w4a4-token"])
-@pytest.mark.parametrize(
-    "line",
-    [line for line in TILINGS if line.tokens > ROW_UNIT],
-    ids=lambda line: f"up-to-{line.rows_per_expert:g}",
-)
+@of_lines([line for line in TILINGS if line.tokens > ROW_UNIT])
 def test_every_width_of_every_line_matches_the_oracle(line, mode, monkeypatch):
     """An expert for each number of row tiles up to the longest group, and none is full: all widths of all loops, and
     what each does with fewer rows, in one call; of GEMM 1 on more K than a stage of any line has."""

@@ -26,6 +26,11 @@ def _unfit(name: str, found: Any, expected: str) -> InputError:
     return InputError(f"{name}: found {what}, expected {expected}")
 
 
+def _address(operand: Tensor | None) -> int:
+    """Null, where there is no such operand."""
+    return operand.data_ptr() if operand is not None else 0
+
+
 def _check_operands(
     config: HopperConfig,
     image: Tensor,
@@ -161,14 +166,14 @@ def grouped_gemm(
         groups.group_row.data_ptr(),
         groups.num_groups.data_ptr(),
         groups.taken[0 if config.gated else 1].data_ptr(),
-        row_scale.data_ptr() if row_scale is not None else 0,
-        expert_scale.data_ptr() if expert_scale is not None else 0,
-        topk_weights.data_ptr() if topk_weights is not None else 0,
+        _address(row_scale),
+        _address(expert_scale),
+        _address(topk_weights),
         out.data_ptr(),
         experts.stride(0),
         k // 128,
         n_tiles,
         limit or 0.0,
-        result_gs.data_ptr() if result_gs is not None else 0,
+        _address(result_gs),
         dependent=dependent,
     )
