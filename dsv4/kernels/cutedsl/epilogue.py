@@ -27,9 +27,13 @@ def round_e2m1(magnitude):
     Steps are half the power of two below the number, 0.5 at least. Added to 2^22 times that power, fp32's own last bit
     is one step, and the sum is rounded to it.
     """
-    magnitude = ptx.lesser(magnitude, 6.0)
-    power = cutlass.max(magnitude.bitcast(Int32) & Int32(0x7F800000), Int32(0x3F800000))
-    aligned = (power + Int32(22 << 23)).bitcast(Float32)
+    return _to_step(ptx.lesser(magnitude, 6.0))
+
+
+def _to_step(magnitude):
+    """:func:`round_e2m1` of what is nearer to 6 than to 8."""
+    power = magnitude.bitcast(Int32) & Int32(0x7F800000)
+    aligned = cutlass.max(power + Int32(22 << 23), Int32((127 + 22) << 23)).bitcast(Float32)
     return (magnitude + aligned) - aligned
 
 
@@ -149,9 +153,6 @@ def quantized_pair(word, terms):
     codes = []
     for bits in (pair << 16, pair & Uint32(0xFFFF0000)):
         quotient = divided(bits.bitcast(Float32), divisor, reciprocal)
-        # As in round_e2m1, but the number that aligns keeps the quotient's mantissa, with which no sum reaches the next
-        # power of two. Where there is a tie, the quotient has three bits at most, and so that number is even.
-        aligned = cutlass.max(quotient.bitcast(Int32) + Int32(22 << 23), Int32((127 + 22) << 23)).bitcast(Float32)
-        codes.append(((quotient + aligned) - aligned).bitcast(Uint32))
+        codes.append(_to_step(quotient).bitcast(Uint32))
     decoded = ptx.multiply_bf16x2(ptx.permute_two(codes[0], codes[1], 0x7632), scale)
     return decoded | (word & Uint32(0x80008000))
