@@ -23,6 +23,7 @@ from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from kernels.interpreter import mend, run
 from kernels.row_groups import Expected, assert_filled, expected, filled, poisoned_buffers
+from kernels.triton_blocks import DATA, TERMS, check_quantized
 
 POISON = 0x2AAA  # of bf16, a number like any other
 EXPERTS = 4
@@ -281,6 +282,13 @@ def check_quantize() -> None:
             assert torch.equal(row_scale, case.scales(gs))
 
 
+def check_blocks() -> None:
+    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, by both ways to a block's scale."""
+    for data in DATA:
+        for terms in TERMS:
+            check_quantized(data, terms, "cpu")
+
+
 def check_amax() -> None:
     """Of each slot with a row, or of all; a row with a NaN or Inf counts as zero; a batch's is only ever raised."""
     for case in cases():
@@ -303,4 +311,5 @@ if __name__ == "__main__":
     check_fetching()
     check_gather()
     check_quantize()
+    check_blocks()
     check_amax()

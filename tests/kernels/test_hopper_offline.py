@@ -168,6 +168,16 @@ def test_stages_compile_for_hopper(tokens, mode, h, i, tmp_path):
         assert ("UBLKPF" in instructions) == (stage.kernel.__name__ == "_route_and_scatter")  # it fetches to L2
 
 
+@pytest.mark.parametrize(("k", "each"), [(128, 1), (2048, 1), (3072, 1), (7168, 2)])
+def test_a_scale_group_is_one_thread_s(k, each, tmp_path):
+    """What quantizes a group is computed by one of the eight threads that hold it, as few groups a thread as there
+    are: one reciprocal for each, beside that of the row's scale and two where a division is not an ordinary one."""
+    found = launches(FEW_TOKENS + 1, 8, 256, k, **MODES["token"])[1]
+    [stage] = [stage for stage in found if stage.kernel.__name__ == "_quantize_image"]
+    code = sass(stage.compile(90).asm["cubin"], tmp_path)
+    assert code.count("MUFU") == 3 + each
+
+
 @pytest.mark.parametrize("multiprocessors", [132, 114, 78, 16])
 @pytest.mark.parametrize("config", configurations(), ids=lambda c: f"{c.activation_format}-{c.activation_scale}")
 def test_the_proof_reaches_every_shape(config, multiprocessors, monkeypatch):

@@ -10,15 +10,17 @@ pytest.importorskip("triton")
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from dsv4.ops.routing import route as route_twin
+from kernels.hard_blocks import below_powers, blocks, ties
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 if torch.cuda.is_available():
-    from dsv4.kernels.triton import packing, stages
+    from dsv4.kernels.triton import numerics, packing, stages
     from dsv4.kernels.triton.routing import route
     from dsv4.kernels.triton.stages import ScaleSource
     from dsv4.kernels.triton.weight_layout import Matrix
     from kernels.row_groups import assert_filled, expected, poisoned_buffers
+    from kernels.triton_blocks import check_quantized
 
 DEVICE = torch.device("cuda")
 
@@ -96,6 +98,13 @@ def hard_rows(rows: int, k: int, seed: int) -> torch.Tensor:
         x[5, 3], x[6, 0], x[7, k - 1] = torch.nan, torch.inf, -torch.inf
         x[8, :16] = 1e-38
     return x
+
+
+@pytest.mark.parametrize("terms", ["block_scales", "block_terms"])
+@pytest.mark.parametrize("data", [blocks, ties, below_powers])
+def test_quantized_blocks_are_the_twins_bits(data, terms):
+    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, by both ways to a block's scale."""
+    check_quantized(data, getattr(numerics, terms), DEVICE)
 
 
 @pytest.mark.parametrize("k", [16, 48, 256, 2048, 7168])

@@ -11,22 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.triton.grouped_gemm import TileMap
-from dsv4.kernels.triton.numerics import block_scales, global_scale, largest_magnitude, quantize_values
+from dsv4.kernels.triton.numerics import block_terms, global_scale, largest_magnitude, quantize_values
 from dsv4.kernels.triton.routing import RowGroups
 from dsv4.kernels.triton.stages import ScaleSource
 
 
 @triton.jit
 def _places(row, start, rows, K, BLOCKS: tl.constexpr):
-    """Pairs of values of a row, ``[chunk, BLOCKS, lane]``: where in the image of ``rows`` rows from ``start``.
+    """Pairs of values of a row, ``[chunk, lane, BLOCKS]``: where in the image of ``rows`` rows from ``start``.
 
-    The 16-byte chunks of a 128-byte line are swizzled as wgmma reads them. They come first, since Triton gives
-    neighbouring threads the first dimension of those that it does not find contiguous: so a warp's instruction writes
-    whole lines.
+    The 16-byte chunks of a 128-byte line are swizzled as wgmma reads them. Triton gives a thread what it finds
+    contiguous, and neighbouring threads the first dimension of the others: a warp's instruction writes whole lines of
+    an image, chunk by chunk, and reads whole lines of a row, where a lane's chunks are contiguous.
     """
     chunk = tl.arange(0, 8)[:, None, None]
-    block = tl.arange(0, BLOCKS)[None, :, None]
-    lane = tl.arange(0, 4)[None, None, :]
+    lane = tl.arange(0, 4)[None, :, None]
+    block = tl.arange(0, BLOCKS)[None, None, :]
     inside = row - start
     line = start.to(tl.int64) * (K // 2) + (block * rows + inside) * 32
     return line + (chunk ^ (inside % 8)) * 4 + lane
@@ -47,16 +47,34 @@ def _join(low, high):
 
 
 @triton.jit
-def _group_amax(low, high):
-    """Of scale groups, ``[1, BLOCKS, 4]``: a lane's sixteen values of a block."""
-    both = tl.join(low, high)
-    return largest_magnitude(largest_magnitude(both, 3), 0)[None, :, :]
+def _group_amax(low, high, BLOCKS: tl.constexpr):
+    """Of scale groups, ``[BLOCKS * 4]``, block by block: a lane's sixteen values of each."""
+    of_pairs = largest_magnitude(tl.join(low, high), 3)
+    return tl.reshape(tl.trans(largest_magnitude(of_pairs, 0)), (BLOCKS * 4,))
+
+
+@triton.jit
+def _one_a_thread(x):
+    """``x [N]``, dealt to the threads.
+
+    A reduction leaves its result with every thread that took part, and what follows from it Triton computes in each of
+    them: of a scale group in eight. A gather has a layout of its own, and Triton does not look for another one behind a
+    reduction, be it of single elements. So this one stays, and what follows is computed once.
+    """
+    N: tl.constexpr = x.shape[0]
+    return tl.max(tl.reshape(tl.gather(x, tl.arange(0, N), 0), (N, 1)), 1)
+
+
+@triton.jit
+def _of_groups(x, BLOCKS: tl.constexpr):
+    """``[BLOCKS * 4]`` of scale groups -> ``[1, 4, BLOCKS]``, beside pairs."""
+    return tl.trans(tl.reshape(x, (BLOCKS, 4)))[None, :, :]
 
 
 @triton.jit
 def _finite_amax(amax):
     """Of all groups, 0 if one holds a NaN or Inf."""
-    row_amax = largest_magnitude(largest_magnitude(largest_magnitude(amax, 2), 1), 0)
+    row_amax = largest_magnitude(amax, 0)
     return tl.where(row_amax < float("inf"), row_amax, 0.0)
 
 
@@ -75,23 +93,23 @@ def _row_scale(amax, scale, expert, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def _quantized(low, high, amax, gs):
+def _quantized(low, high, amax, gs, BLOCKS: tl.constexpr):
     """``e2m1 * sf`` of a row's pairs under a global scale."""
-    divisor, reciprocal, factor = block_scales(amax, gs)
-    low = quantize_values(low, divisor, reciprocal, factor).to(tl.bfloat16).to(tl.float32)
-    high = quantize_values(high, divisor, reciprocal, factor).to(tl.bfloat16).to(tl.float32)
-    return _join(low, high)
+    divisor, reciprocal, factor = block_terms(amax, gs)
+    divisor, reciprocal = _of_groups(divisor, BLOCKS), _of_groups(reciprocal, BLOCKS)
+    factor = _of_groups(factor, BLOCKS)
+    return _join(quantize_values(low, divisor, reciprocal, factor), quantize_values(high, divisor, reciprocal, factor))
 
 
 @triton.jit
 def load_token(x, token, K, BLOCKS: tl.constexpr):
-    """A token's pairs, ``[chunk, BLOCKS, lane]``, and which of them there are.
+    """A token's pairs, ``[chunk, lane, BLOCKS]``, and which of them there are.
 
     A lane's sixteen values of 64 stand together in a row, and are dealt to the chunks two by two.
     """
     chunk = tl.arange(0, 8)[:, None, None]
-    block = tl.arange(0, BLOCKS)[None, :, None]
-    lane = tl.arange(0, 4)[None, None, :]
+    lane = tl.arange(0, 4)[None, :, None]
+    block = tl.arange(0, BLOCKS)[None, None, :]
     here = block * 64 < K
     source = token.to(tl.int64) * (K // 2) + block * 32 + lane * 8 + chunk
     pairs = tl.load(x.to(tl.pointer_type(tl.uint32)) + source, mask=here & (lane >= 0) & (chunk >= 0), other=0)
@@ -111,9 +129,9 @@ def put_row(
             low, high = (low * weight).to(tl.bfloat16).to(tl.float32), (high * weight).to(tl.bfloat16).to(tl.float32)
             pairs = _join(low, high)
     if SOURCE != 0:
-        amax = _group_amax(low, high)
+        amax = _one_a_thread(_group_amax(low, high, BLOCKS))
         gs = _row_scale(amax, scale, expert, SOURCE)
-        pairs = _quantized(low, high, amax, gs)
+        pairs = _quantized(low, high, amax, gs, BLOCKS)
         tl.store(row_scale + row, gs)
     tl.store(image.to(tl.pointer_type(tl.uint32)) + _places(row, start, rows, K, BLOCKS), pairs, mask=here)
 
@@ -162,12 +180,12 @@ def _gather_rows(
     start, rows = tl.load(tile_start + tile), tl.load(tile_rows + tile)
     served = slot >= 0
     token = tl.where(served, slot, 0) // SLOTS_PER_ROW
-    chunk = tl.arange(0, 8)[:, None, None, None]  # first: see _places
-    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, None, :, None]
-    lane = tl.arange(0, 4)[None, None, None, :]
-    inside = (row - start)[None, :, None, None]
-    mask = served[None, :, None, None] & (block * 64 < K) & (chunk >= 0) & (lane >= 0)
-    source = token.to(tl.int64)[None, :, None, None] * (K // 2) + block * 32 + lane * 8 + chunk
+    chunk = tl.arange(0, 8)[:, None, None, None]  # the dimensions' order: see _places
+    lane = tl.arange(0, 4)[None, :, None, None]
+    block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, None, None, :]
+    inside = (row - start)[None, None, :, None]
+    mask = served[None, None, :, None] & (block * 64 < K) & (chunk >= 0) & (lane >= 0)
+    source = token.to(tl.int64)[None, None, :, None] * (K // 2) + block * 32 + lane * 8 + chunk
     pairs = tl.load(x.to(tl.pointer_type(tl.uint32)) + source, mask=mask, other=0)
     at = start.to(tl.int64) * (K // 2) + (block * rows + inside) * 32 + (chunk ^ (inside % 8)) * 4 + lane
     tl.store(image.to(tl.pointer_type(tl.uint32)) + at, pairs, mask=mask)
@@ -180,7 +198,7 @@ def _gather_rows(
 def _load_row(image, row, tile_start, tile_rows, K, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
     start, rows = tl.load(tile_start + row // UNIT), tl.load(tile_rows + row // UNIT)
     at = image.to(tl.pointer_type(tl.uint32)) + _places(row, start, rows, K, BLOCKS)
-    here = (tl.arange(0, BLOCKS) * 64 < K)[None, :, None]
+    here = (tl.arange(0, BLOCKS) * 64 < K)[None, None, :]
     low, high = _split(tl.load(at, mask=here, other=0))
     return at, here, low, high
 
@@ -201,9 +219,9 @@ def _quantize_image(
     if tl.load(row_slot + row) < 0:
         return
     at, here, low, high = _load_row(image, row, tile_start, tile_rows, K, UNIT, BLOCKS)
-    amax = _group_amax(low, high)
+    amax = _one_a_thread(_group_amax(low, high, BLOCKS))
     gs = _row_scale(amax, scale, tl.load(tile_expert + row // UNIT), SOURCE)
-    tl.store(at, _quantized(low, high, amax, gs), mask=here)
+    tl.store(at, _quantized(low, high, amax, gs, BLOCKS), mask=here)
     tl.store(row_scale + row, gs)
 
 
@@ -216,7 +234,7 @@ def _image_amax(
     slot = tl.load(row_slot + row)
     if slot >= 0:
         _, _, low, high = _load_row(image, row, tile_start, tile_rows, K, UNIT, BLOCKS)
-        row_amax = _finite_amax(_group_amax(low, high))
+        row_amax = _finite_amax(_group_amax(low, high, BLOCKS))
         if OF_BATCH:
             tl.atomic_max(amax, row_amax)
         else:
