@@ -324,9 +324,10 @@ def test_scattered_and_gathered_rows_are_an_image(line):
     assert bool((image[rows * k :] == 7.0).all())
 
 
+@pytest.mark.parametrize("k", [64, 128, 192, 512, 2112, 7168])
 @pytest.mark.parametrize("source", ["ROW", "BATCH", "EXPERT"])
 @LINES
-def test_quantized_images_are_quantized_rows(line, source):
+def test_quantized_images_are_quantized_rows(line, source, k):
     """Tokens quantized on their way and images quantized in place are the numbers that stage_rows makes of rows
     (tests/kernels/test_stages_cuda.py compares those with plain torch); a maximum leaves rows with NaN or Inf out."""
     from dsv4.kernels.hopper.stages import image_amax, quantize_image, scatter_rows
@@ -334,7 +335,7 @@ def test_quantized_images_are_quantized_rows(line, source):
     from dsv4.kernels.triton.stages import ScaleSource, stage_rows
     from kernels.row_groups import poisoned_buffers
 
-    unit, most, experts, tokens, k = ROW_UNIT, line.tokens, 5, 2 * line.tokens + 5, 2112
+    unit, most, experts, tokens = ROW_UNIT, line.tokens, 5, 2 * line.tokens + 5
     ids = torch.randint(-1, experts, (tokens, 1), device="cuda")
     ids[3:5] = 1
     x = inputs(tokens, k, 1, experts)[0].cuda()

@@ -48,21 +48,17 @@ def _join(low, high):
 
 @triton.jit
 def _group_amax(low, high, BLOCKS: tl.constexpr):
-    """Of scale groups, ``[BLOCKS * 4]``, block by block: a lane's sixteen values of each."""
-    of_pairs = largest_magnitude(tl.join(low, high), 3)
-    return tl.reshape(tl.trans(largest_magnitude(of_pairs, 0)), (BLOCKS * 4,))
-
-
-@triton.jit
-def _one_a_thread(x):
-    """``x [N]``, dealt to the threads.
+    """Of scale groups, ``[BLOCKS * 4]``, block by block: a lane's sixteen values of each. Dealt to the threads.
 
     A reduction leaves its result with every thread that took part, and what follows from it Triton computes in each of
     them: of a scale group in eight. A gather has a layout of its own, and Triton does not look for another one behind a
-    reduction, be it of single elements. So this one stays, and what follows is computed once.
+    reduction, be it of single elements. So this one stays, and what follows is computed once. (Nor would Triton 3.6
+    reduce the flat maxima rightly where they are: it takes the threads that hold them for neighbours.)
     """
-    N: tl.constexpr = x.shape[0]
-    return tl.max(tl.reshape(tl.gather(x, tl.arange(0, N), 0), (N, 1)), 1)
+    NUMBER: tl.constexpr = BLOCKS * 4
+    of_pairs = largest_magnitude(tl.join(low, high), 3)
+    amax = tl.reshape(tl.trans(largest_magnitude(of_pairs, 0)), (NUMBER,))
+    return tl.max(tl.reshape(tl.gather(amax, tl.arange(0, NUMBER), 0), (NUMBER, 1)), 1)
 
 
 @triton.jit
@@ -129,7 +125,7 @@ def put_row(
             low, high = (low * weight).to(tl.bfloat16).to(tl.float32), (high * weight).to(tl.bfloat16).to(tl.float32)
             pairs = _join(low, high)
     if SOURCE != 0:
-        amax = _one_a_thread(_group_amax(low, high, BLOCKS))
+        amax = _group_amax(low, high, BLOCKS)
         gs = _row_scale(amax, scale, expert, SOURCE)
         pairs = _quantized(low, high, amax, gs, BLOCKS)
         tl.store(row_scale + row, gs)
@@ -219,7 +215,7 @@ def _quantize_image(
     if tl.load(row_slot + row) < 0:
         return
     at, here, low, high = _load_row(image, row, tile_start, tile_rows, K, UNIT, BLOCKS)
-    amax = _one_a_thread(_group_amax(low, high, BLOCKS))
+    amax = _group_amax(low, high, BLOCKS)
     gs = _row_scale(amax, scale, tl.load(tile_expert + row // UNIT), SOURCE)
     tl.store(at, _quantized(low, high, amax, gs, BLOCKS), mask=here)
     tl.store(row_scale + row, gs)
