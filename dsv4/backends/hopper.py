@@ -19,7 +19,7 @@ from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig, capacity
 from dsv4.kernels.cutedsl.cache import dsl_version
 from dsv4.kernels.hopper.cache import ARCH, CACHE
-from dsv4.kernels.hopper.config import FEW_SLOTS, FEWEST_SLOTS, ROW_UNIT, HopperConfig
+from dsv4.kernels.hopper.config import COMPARED_SLOTS, FEW_SLOTS, ROW_UNIT, HopperConfig
 from dsv4.kernels.hopper.layout import matrix_bytes, unpack_matrix
 from dsv4.nvfp4 import pack_nibbles
 from dsv4.weights import MoEWeights
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 64
 """Calls of up to so many tokens scatter them to their rows, others gather them."""
+
+MANY_TOKENS = 2048
+"""Calls of more tokens gather in smaller programs."""
 
 _MULTIPLE = 128
 """H and I are multiples of it: whole blocks of weights."""
@@ -241,8 +244,9 @@ class HopperBackend(PortableBackend):
     def _edges(self) -> tuple[float, ...]:
         cfg = self.config
         waves = (self._at_once(shape) / row_tiles for shape in ONE_WAVE for row_tiles in _row_tiles(cfg))
+        tokens = (FEW_TOKENS * cfg.top_k, MANY_TOKENS * cfg.top_k)
         lines = (t.rows_per_expert * cfg.num_experts for t in TILINGS)
-        return (*lines, *waves, self._few_tiles_slots(), FEWEST_SLOTS, FEW_SLOTS, FEW_TOKENS * cfg.top_k)
+        return (*lines, *waves, self._few_tiles_slots(), *COMPARED_SLOTS, *tokens)
 
     def _line(self, tokens: int) -> Tiling:
         """Chosen by the number of tokens of the call alone, which a captured graph fixes."""
@@ -319,8 +323,7 @@ class HopperBackend(PortableBackend):
             route_and_scatter(
                 call.topk_ids, x, tables, image, row_scale, cfg.num_experts, ROW_UNIT, source=source, scale=scale,
                 weights=input_weights, start=cfg.experts_start_idx, expert_map=call.expert_map,
-                num_valid_tokens=call.num_valid_tokens, experts=packed.experts,
-                row_tiles=_row_tiles(cfg)[0],
+                num_valid_tokens=call.num_valid_tokens, dependent=True,
             )  # fmt: skip
         else:
             self._fill(tables, call, ROW_UNIT)
@@ -362,7 +365,17 @@ class HopperBackend(PortableBackend):
             rows, scales = views["x_staged"][:tokens], views["x_scale"][:tokens]
             stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
             x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
-        gather_rows(x, x_scale, image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.top_k)
+        gather_rows(
+            x,
+            x_scale,
+            image,
+            row_scale,
+            tables.tiles,
+            groups,
+            ROW_UNIT,
+            cfg.top_k,
+            blocks=4 if tokens > MANY_TOKENS else 8,
+        )
         if source is ScaleSource.EXPERT:
             quantize_image(image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.hidden_size, source, scale)
 

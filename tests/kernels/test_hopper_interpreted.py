@@ -10,11 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import triton.language as tl
 
-from dsv4.kernels.hopper import few_slots
 from dsv4.kernels.hopper.few_slots import route_and_scatter
-from dsv4.kernels.hopper.layout import BLOCK_BYTES, to_image
+from dsv4.kernels.hopper.layout import to_image
 from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, scatter_rows
 from dsv4.kernels.triton.grouped_gemm import TileMap
 from dsv4.kernels.triton.routing import RowGroups
@@ -209,59 +207,17 @@ def check_together() -> None:
                 assert torch.equal(row_scale, other_scale)
 
 
-def check_fetching() -> None:
-    """Programs beyond the slots fetch, each once, the first bytes of the weights of the first row groups' tiles, in the
-    order of GEMM 1, at most 12288 pieces of 768 tiles, and nothing of experts without rows; they write nothing."""
-    asked: list[tuple[int, int]] = []
-
-    def fetch(address: tl.tensor, mask: tl.tensor, PIECE: int) -> None:
-        piece = getattr(PIECE, "value", PIECE)
-        asked.extend((int(a), piece) for a in address.handle.data[mask.handle.data])
-
-    few_slots._fetch, before = fetch, few_slots._fetch
-    tl.extra.cuda.gdc_launch_dependents = tl.extra.cuda.gdc_wait = lambda **_: None
-    k, experts = 2048, 9
-    run_bytes = k // 128 * BLOCK_BYTES
-    try:
-        for seed, (tokens, top_k, row_tiles) in enumerate(((1, 3, 6), (4, 4, 4), (10, 6, 30), (16, 4, 2))):
-            generator = torch.Generator().manual_seed(seed)
-            ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
-            x = torch.randn(tokens, k, generator=generator).bfloat16()
-            weights = torch.zeros(experts, row_tiles * run_bytes + 64, dtype=torch.uint8)
-            want = expected(ids.flatten().tolist(), experts, 8, 16)
-            asked.clear()
-            images = []
-            for given in (weights, None):
-                got = poisoned_buffers(tokens * top_k, experts, 8, 16)
-                image = torch.full((got.tiles.row_slot.numel() * k,), POISON, dtype=torch.int16)
-                route_and_scatter(
-                    ids, x, got, image.view(torch.bfloat16), torch.empty(0), experts, 8, source=ScaleSource.NONE,
-                    experts=given, row_tiles=row_tiles,
-                )  # fmt: skip
-                assert_filled(got.groups, want)
-                images.append(image)
-            assert torch.equal(*images)
-            tiles = [
-                weights.data_ptr() + expert * weights.stride(0) + tile * run_bytes
-                for expert in want.group_expert
-                for tile in range(row_tiles)
-            ]
-            number = min(768, tokens * top_k * row_tiles)
-            first, pieces = tiles[:number], min(32, 12288 // number)
-            assert sorted(asked) == sorted((at + 1152 * piece, 1152) for at in first for piece in range(pieces))
-    finally:
-        few_slots._fetch = before
-
-
 def check_gather() -> None:
-    """With and without scales: each slot's row is its token, bit for bit; the rest keeps what it holds."""
+    """With and without scales, by programs of a row's whole K or of a part: each slot's row is its token, bit for bit;
+    the rest keeps what it holds."""
     for case in cases():
         tokens = case.x.shape[0]
-        for scale in (None, torch.rand(tokens, generator=torch.Generator().manual_seed(1))):
+        for scale, blocks in ((None, 8), (torch.rand(tokens, generator=torch.Generator().manual_seed(1)), 2)):
             image, row_scale = case.image(), case.row_scale()
             gather_rows(
-                case.x, scale, image.view(torch.bfloat16), row_scale, case.tiles, case.groups, case.unit, case.top_k
-            )
+                case.x, scale, image.view(torch.bfloat16), row_scale, case.tiles, case.groups, case.unit, case.top_k,
+                blocks=blocks,
+            )  # fmt: skip
             assert torch.equal(image, case.image(case.of_slots(case.x)))
             of_slots = torch.full((tokens,), -7.0) if scale is None else scale
             assert torch.equal(row_scale, case.scales(of_slots.repeat_interleave(case.top_k)))
@@ -308,7 +264,6 @@ if __name__ == "__main__":
     mend()
     check_scatter()
     check_together()
-    check_fetching()
     check_gather()
     check_quantize()
     check_blocks()

@@ -12,9 +12,10 @@ ROW_UNIT = 8
 _PRODUCER_REGISTERS = 24
 """The least that a producer thread keeps, where registers move to the consumers."""
 
-FEWEST_SLOTS, FEW_SLOTS = 16, 64
-"""Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other;
-up to the lower number with fewer comparisons."""
+COMPARED_SLOTS = (16, 32, 64)
+FEW_SLOTS = COMPARED_SLOTS[-1]
+"""Calls of up to so many slots are routed and their tokens scattered in one launch, by comparing slots with each other:
+as many as the first of ``COMPARED_SLOTS`` that is enough."""
 
 MMA_TOKENS = 8
 """A loop for up to so many rows multiplies with ``mma`` (a warp's), others with ``wgmma`` (a warpgroup's).
