@@ -366,16 +366,9 @@ class HopperBackend(PortableBackend):
             stage_rows(x, rows, scales, source=staged, scale=scale, weights=input_weights)
             x, x_scale = rows, scales if staged is not ScaleSource.NONE else None
         gather_rows(
-            x,
-            x_scale,
-            image,
-            row_scale,
-            tables.tiles,
-            groups,
-            ROW_UNIT,
-            cfg.top_k,
+            x, x_scale, image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.top_k,
             blocks=4 if tokens > MANY_TOKENS else 8,
-        )
+        )  # fmt: skip
         if source is ScaleSource.EXPERT:
             quantize_image(image, row_scale, tables.tiles, groups, ROW_UNIT, cfg.hidden_size, source, scale)
 
