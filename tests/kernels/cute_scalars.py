@@ -79,12 +79,25 @@ def _exact_product(a, b):
     return ((a << 16).bitcast(Float32) * (b << 16).bitcast(Float32)).bitcast(Uint32) >> 16
 
 
+def _fused(a, b, c):
+    """The exact product's sum in fp64, rounded to odd: rounding that to fp32 is as good as rounding once (Boldo and
+    Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd")."""
+    product, c = Float64(a) * Float64(b), Float64(c)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.bitcast(Int64)
+    nearer = Int64(cutlass.select_((error > 0.0) == (total > 0.0), bits + 1, bits - 1))
+    inexact = ((error > 0.0) | (error < 0.0)) & ((bits & Int64(1)) == 0)
+    return Float32(Int64(cutlass.select_(inexact, nearer, bits)).bitcast(Float64))
+
+
 @contextmanager
 def host_arithmetic() -> Iterator[None]:
     """PTX's instructions by the host's."""
     with (
         mock.patch.object(ptx, "divide", lambda a, b: Float32(a) / Float32(b)),
-        mock.patch.object(ptx, "fused", lambda a, b, c: Float32(Float64(a) * Float64(b) + Float64(c))),
+        mock.patch.object(ptx, "fused", _fused),
         mock.patch.object(ptx, "lesser", _lesser),
         mock.patch.object(ptx, "minimum", lambda a, b: _of_nan(a, b, Float32(a) < Float32(b))),
         mock.patch.object(ptx, "maximum", lambda a, b: _of_nan(a, b, Float32(a) > Float32(b))),

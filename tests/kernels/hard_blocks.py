@@ -39,6 +39,17 @@ def ties() -> tuple[torch.Tensor, torch.Tensor]:
     return x, gs.float()
 
 
+def all_ones() -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 blocks whose step has every bit of its mantissa set, of any size: the one number whose reciprocal Newton's
+    iteration may leave a bit off, which shows in a value of half a code above a fourth of a power of two."""
+    powers = 2.0 ** torch.arange(-90, 38)
+    gs = (2 - 2**-23) * powers
+    x = torch.zeros(len(gs), 16)
+    x[:, 0] = 12 * powers
+    x[:, 1::2], x[:, 2::4], x[:, 4::4] = (0.5 * powers)[:, None], (-0.5 * powers)[:, None], (3 * powers)[:, None]
+    return x.bfloat16().float(), gs
+
+
 def below_powers() -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 blocks with a value whose quotient by the block's step is one to four units of the last place below 2 or 4,
     so that the value's mantissa, if nothing clears it, reaches the next power of two with what aligns it."""

@@ -29,10 +29,17 @@ def run(*arguments: str) -> None:
 
 
 def _fma(self: InterpreterBuilder, x: Any, y: Any, z: Any) -> TensorHandle:
-    """Fused; Triton's own rounds twice. fp32 products are exact in float64."""
+    """Fused; Triton's own rounds twice. fp32 products are exact in float64, and their sum is rounded to odd there:
+    rounding that to fp32 is as good as rounding once (Boldo and Melquiond, "Emulation of a FMA and correctly rounded
+    sums: proved algorithms using rounding to odd")."""
     with np.errstate(all="ignore"):
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+        product, c = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
+        total = product + c
+        part = total - product
+        error = (product - (total - part)) + (c - part)
+        inexact = ((error > 0) | (error < 0)) & (np.asarray(total).view(np.int64) & 1 == 0)
+        total = np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
+        return TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
 def mend() -> None:

@@ -147,10 +147,10 @@ def test_main_loops_are_made_of_the_instructions_meant(config: HopperConfig) -> 
 @CONFIGS
 def test_results_are_quantized_by_the_instructions_meant(config: HopperConfig) -> None:
     """Behind each loop, of eight tokens at a time: each warp transposes its pairs once; quantized, it clamps both
-    values in one instruction and rounds each with one addition and maximum of integers. Of 16 tokens each warp stores
-    maxima once, and a warp turns them into terms, two times sixteen bytes, eight warps together. (The producer stores
-    as many for a tile, of the first one and of any other.) Around that each loop has two barriers, beside the one for
-    the rows' slots."""
+    values in one instruction and aligns each, for rounding, in one that adds integers and takes the larger. Of 16
+    tokens each warp stores maxima once, and a warp turns them into terms, two times sixteen bytes, eight warps
+    together. (The producer stores as many for a tile, of the first one and of any other.) Around that each loop has two
+    barriers, beside the one for the rows' slots."""
     code = machine_code(config).instructions
     count = counts(code)
     eights = sum(loop[-1] // 8 for loop in config.loops)

@@ -288,14 +288,15 @@ def test_the_pack_kernel_is_its_twin(n, k, gated):
 @LINES
 def test_scattered_and_gathered_rows_are_an_image(line):
     """Through a call's own routing: every token stands in the image in the row of each of its slots, as plain torch
-    puts it there, and its scale beside it; what no slot fills is left alone."""
+    puts it there, and its scale beside it, gathered by programs of different parts of K, too; what no slot fills is
+    left alone."""
     from dsv4.kernels.hopper.layout import to_image
     from dsv4.kernels.hopper.stages import gather_rows, scatter_rows
     from dsv4.kernels.triton.routing import route
     from dsv4.kernels.triton.stages import ScaleSource
     from kernels.row_groups import expected, poisoned_buffers
 
-    unit, most, experts, tokens, k = ROW_UNIT, line.tokens, 5, 3 * line.tokens + 5, 256
+    unit, most, experts, tokens, k = ROW_UNIT, line.tokens, 5, 3 * line.tokens + 5, 1152
     ids = torch.randint(-1, experts, (tokens, K), device="cuda")
     ids[::3] = 1  # a busy expert,
     ids[ids == 2] = 3  # and an idle one
@@ -313,10 +314,12 @@ def test_scattered_and_gathered_rows_are_an_image(line):
     assert torch.equal(image[: rows * k], torch.cat(images))
     assert bool((image[rows * k :] == 7.0).all())
     assert bool((row_scale == 7.0).all())
-    gathered, of_token = torch.full_like(image, 7.0), torch.rand(tokens, device="cuda")
-    gather_rows(x, of_token, gathered, row_scale, tables.tiles, tables.groups, unit, K)
-    assert torch.equal(gathered, image)
-    assert torch.equal(row_scale[:rows], torch.where(served, of_token[row_slot.clamp(min=0) // K], 7.0))
+    for blocks in (4, 8):
+        gathered, of_token = torch.full_like(image, 7.0), torch.rand(tokens, device="cuda")
+        row_scale.fill_(7.0)
+        gather_rows(x, of_token, gathered, row_scale, tables.tiles, tables.groups, unit, K, blocks=blocks)
+        assert torch.equal(gathered, image)
+        assert torch.equal(row_scale[:rows], torch.where(served, of_token[row_slot.clamp(min=0) // K], 7.0))
     scale = torch.rand(experts, device="cuda")
     scatter_rows(x, image, row_scale, tables.groups, tables.local_ids, unit, K, source=ScaleSource.EXPERT, scale=scale)
     of_row = scale[ids.flatten()[row_slot.clamp(min=0)].clamp(min=0)]
@@ -324,7 +327,48 @@ def test_scattered_and_gathered_rows_are_an_image(line):
     assert bool((image[rows * k :] == 7.0).all())
 
 
-@pytest.mark.parametrize("k", [64, 128, 192, 512, 2112, 7168])
+@pytest.mark.parametrize("k", [256, 4096, 7168])
+@pytest.mark.parametrize("source", ["NONE", "ROW", "GIVEN", "EXPERT"])
+@pytest.mark.parametrize("slots", [1, 16, 17, 32, 48, FEW_SLOTS])
+def test_few_slots_are_routed_and_scattered(slots, source, k):
+    """In one launch the tables and the image that routing and scattering make one after the other, to the bit."""
+    from dsv4.kernels.hopper.few_slots import route_and_scatter
+    from dsv4.kernels.hopper.stages import scatter_rows
+    from dsv4.kernels.triton.routing import route
+    from dsv4.kernels.triton.stages import ScaleSource
+    from kernels.row_groups import poisoned_buffers
+
+    experts, most = 7, 2 * ROW_UNIT
+    ids = torch.randint(-1, experts, (slots, 1), device="cuda")
+    ids[slots // 2 :] = 1  # more than a group of one expert
+    x = inputs(slots, k, 1, experts)[0].cuda()
+    scale = torch.rand(experts, device="cuda") + 0.01
+    made = []
+    for together in (True, False):
+        tables = poisoned_buffers(slots, experts, ROW_UNIT, most, "cuda")
+        rows = tables.tiles.row_slot.numel()
+        image = torch.full((rows * k,), 7.0, dtype=torch.bfloat16, device="cuda")
+        row_scale = torch.full((rows,), 7.0, device="cuda")
+        how: dict[str, Any] = {"source": ScaleSource[source], "scale": scale}
+        if together:
+            route_and_scatter(ids, x, tables, image, row_scale, experts, ROW_UNIT, **how)
+        else:
+            route(ids, experts, ROW_UNIT, tables)
+            scatter_rows(x, image, row_scale, tables.groups, tables.local_ids, ROW_UNIT, 1, **how)
+        groups = tables.groups
+        used, tiles = groups.num_groups.item(), tables.tiles.num_tiles.item()
+        made.append(
+            (
+                image, row_scale, tables.local_ids, tables.tiles.row_slot, tables.tiles.tile_expert, groups.slot_row,
+                groups.tile_start[:tiles], groups.tile_rows[:tiles], groups.group_row[: used + 1],
+                groups.group_expert[:used], groups.taken,
+            )
+        )  # fmt: skip
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("k", [64, 128, 192, 512, 1024, 2048, 2112, 7168])
 @pytest.mark.parametrize("source", ["ROW", "BATCH", "EXPERT"])
 @LINES
 def test_quantized_images_are_quantized_rows(line, source, k):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-
 from dsv4.kernels.hopper.few_slots import route_and_scatter
 from dsv4.kernels.hopper.layout import to_image
 from dsv4.kernels.hopper.stages import gather_rows, image_amax, quantize_image, scatter_rows
@@ -152,8 +151,10 @@ def check_scatter() -> None:
 def check_together() -> None:
     """Routing and scatter in one launch: every table is the loop's, and rows are those of :func:`scatter_rows`. With
     one slot, as many as there may be, all of one expert and all dropped; a first expert's id, a map, a limit on tokens;
-    row tiles of both sizes."""
-    shapes = ((1, 1, 3, 8, 8, 64), (1, 6, 8, 8, 16, 192), (5, 2, 3, 16, 32, 64), (7, 1, 2, 8, 16, 64))
+    row tiles of both sizes; compared by 16, 32 and 64."""
+    shapes = (
+        (1, 1, 3, 8, 8, 64), (1, 6, 8, 8, 16, 192), (5, 2, 3, 16, 32, 64), (7, 1, 2, 8, 16, 64), (4, 6, 5, 8, 24, 320)
+    )  # fmt: skip
     for seed, (tokens, top_k, experts, unit, most, k) in enumerate((*shapes, (32, 2, 3, 8, 24, 64))):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(-2, experts + 4, (tokens, top_k), generator=generator)
@@ -239,7 +240,8 @@ def check_quantize() -> None:
 
 
 def check_blocks() -> None:
-    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, by both ways to a block's scale."""
+    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, steps of ones alone: ``e2m1 * sf`` is
+    the torch twin's, signs included, by both ways to a block's scale."""
     for data in DATA:
         for terms in TERMS:
             check_quantized(data, terms, "cpu")

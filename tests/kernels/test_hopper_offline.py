@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from dsv4.backends import hopper, proof
 from dsv4.backends.base import Call, InputScales, Packed
-from dsv4.backends.hopper import FEW_TOKENS, TILINGS, HopperBackend, kernels
+from dsv4.backends.hopper import FEW_TOKENS, MANY_TOKENS, TILINGS, HopperBackend, kernels
 from dsv4.backends.proof import configurations
 from dsv4.config import MoEConfig
 from dsv4.kernels.cutedsl.cache import KernelCache
@@ -133,8 +133,11 @@ def test_two_products_hand_over_an_image(line, mode):
     ]
     if quantized and not known:
         assert stages[-2].arguments["DEPENDENT"]
+    assert stages[-1].arguments["DEPENDENT"]
     arguments = {name: stage.arguments for name, stage in zip(names, stages, strict=True)}
     assert arguments[placing]["image"].data_ptr() == first.arguments[1]
+    if few:
+        assert arguments[placing]["DEPENDENT"]
     if few or staged:
         quantizing = arguments[placing if few else "_stage_rows"]
         assert quantizing["SOURCE"] == SCALED_BY[mode]
@@ -148,11 +151,14 @@ def test_two_products_hand_over_an_image(line, mode):
     ("tokens", "mode", "h", "i"),
     [
         (1, "w4a16", 4096, 2048),
+        (16, "token", 4096, 2048),
+        (FEW_SLOTS // K, "w4a16", 7168, 3072),
+        (FEW_SLOTS // K, "token", 7168, 3072),
         (FEW_TOKENS, "per-expert", 4096, 2048),
         (FEW_TOKENS + 1, "token", 4096, 2048),
         *(
             pytest.param(tokens, mode, 7168, 3072, marks=pytest.mark.kernels)
-            for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1)
+            for tokens in (1, 16, FEW_SLOTS // K, FEW_TOKENS, FEW_TOKENS + 1)
             for mode in ("w4a16", "token", "tensor", "per-expert")
         ),
     ],
@@ -289,11 +295,13 @@ def test_the_pack_kernel_compiles_for_hopper(gated, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "static", "token"])
-@pytest.mark.parametrize(("experts", "top_k", "size"), [(96, 5, 128), (4, 2, 128), (64, 2, 2048)])
-def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k, size):
+@pytest.mark.parametrize(
+    ("experts", "top_k", "size", "most"),
+    [(96, 5, 128, 700), (4, 2, 128, 700), (64, 2, 2048, 40), (8, 2, 512, MANY_TOKENS + 50)],
+)
+def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k, size, most):
     """The budgets that a layer warms up by default launch every variant of every kernel that any call launches; with
-    the largest size here all of the shapes for few tiles."""
-    most = 700 if size == 128 else 40
+    the largest size here all of the shapes for few tiles; some of the numbers where they are many."""
     config = MoEConfig(experts, size, size, max_num_tokens=most, top_k=top_k, **MODES[mode])
     backend, packed, scratch, scales = on_paper(config)
     whole = [
@@ -308,5 +316,6 @@ def test_warming_up_covers_every_number_of_tokens(mode, experts, top_k, size):
         return {compiled_as(found) for found in stages} | {(found.cubin,) for found in driver.launches}
 
     warm = set().union(*(variants(tokens) for tokens in {*backend.budgets(), most}))
-    missing = {tokens: new for tokens in range(1, most + 1) if (new := variants(tokens) - warm)}
+    every = range(1, most + 1) if most < MANY_TOKENS else (*range(1, most, 41), MANY_TOKENS, MANY_TOKENS + 1, most)
+    missing = {tokens: new for tokens in every if (new := variants(tokens) - warm)}
     assert not missing

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from dsv4.ops.routing import route as route_twin
-from kernels.hard_blocks import below_powers, blocks, ties
+from kernels.hard_blocks import all_ones, below_powers, blocks, ties
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -101,9 +101,10 @@ def hard_rows(rows: int, k: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("terms", ["block_scales", "block_terms"])
-@pytest.mark.parametrize("data", [blocks, ties, below_powers])
-def test_quantized_blocks_are_the_twins_bits(data, terms):
-    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, by both ways to a block's scale."""
+@pytest.mark.parametrize("data", [blocks, ties, below_powers, all_ones])
+def test_quantized_blocks_are_the_twins_values(data, terms):
+    """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, steps of ones alone: ``e2m1 * sf`` is
+    the torch twin's, signs included, by both ways to a block's scale."""
     check_quantized(data, getattr(numerics, terms), DEVICE)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dsv4.kernels.triton.numerics import block_scales, block_terms, quantize_values
 from dsv4.nvfp4 import block_codes, decode_e2m1
-from kernels.hard_blocks import below_powers, blocks, ties
+from kernels.hard_blocks import all_ones, below_powers, blocks, ties
 
-AT_ONCE = 256
-DATA = [blocks, ties, below_powers]
+AT_ONCE = 128
+DATA = [blocks, ties, below_powers, all_ones]
 TERMS = [block_scales, block_terms]
 
 

@@ -102,11 +102,11 @@ def block_terms(amax, gs, reciprocal_gs):
     """What :func:`quantized_pair` needs to know of a block.
 
     Without branches, so that several blocks are computed at the same time. Every result is that of
-    :func:`dsv4.kernels.triton.numerics.block_scales`.
+    :func:`dsv4.kernels.triton.numerics.block_terms`.
 
     Args:
         amax: fp32, the block's largest magnitude, of bf16 values.
-        gs: fp32, the global scale, at least 2^-100.
+        gs: fp32, the global scale: at least 2^-92, or at least 2^-100 and from data (see the Triton twin).
         reciprocal_gs: ``1 / gs``, rounded to nearest.
 
     Returns:

@@ -310,7 +310,7 @@ def gather_rows(
         slots_per_row: see ``x``.
         blocks: 64s of K that a program takes of its rows, a power of two. Measured with 4, 8, 16 and 32 of them, us:
             V4-Flash, T = 512 8.3, 8.3, 8.4, 8.7; 4096 66, 68, 72, 79; 8192 129, 136, 150, 169. V4-Pro, T = 128 8.6,
-            6.1, 6.2 (most programs have no rows there); 512 16.5, 15.8, 15.8, 17.6; 8192 225, 238, 261, 293.
+            6.1, 6.2 (16; most programs have no rows there); 512 16.5, 15.8, 15.8, 17.6; 8192 225, 238, 261, 293.
     """
     k = x.shape[1]
     blocks = min(blocks, triton.next_power_of_2(k // 64))

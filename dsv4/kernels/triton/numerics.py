@@ -89,9 +89,11 @@ def block_scales(amax, gs):
 
 @triton.jit
 def block_terms(amax, gs):
-    """:func:`block_scales` by products alone, for bf16 magnitudes and global scales of at least 2^-100.
+    """:func:`block_scales` by products alone, for bf16 magnitudes and global scales of at least 2^-92 or from data.
 
-    What :func:`dsv4.kernels.cutedsl.epilogue.block_terms` does; a ``div.rn`` takes 20 instructions and a branch.
+    What :func:`dsv4.kernels.cutedsl.epilogue.block_terms` does; a ``div.rn`` takes 20 instructions and a branch. Under
+    smaller scales :func:`divide_by` meets subnormal remainders; those that go wrong (all bits of the mantissa set, none
+    above 2^-93) are a 2688th of no bf16 number, so that data does not make them.
     """
     reciprocal_gs = tl.div_rn(1.0, gs)
     sixth = divide_by(amax, 6.0, 1 / 6)
@@ -103,16 +105,18 @@ def block_terms(amax, gs):
     usable = (step > 0) & (step < float("inf"))
     divisor = tl.where(usable, step, 1.0)
     factor = tl.where(usable | (sf != sf), sf, 0.0)
+    # The instructions of rcp.rn for normal numbers: ``/`` is an approximation, mended by one step of Newton's.
     guess = 1.0 / divisor
     return divisor, tl.fma(tl.fma(-divisor, guess, 1.0), guess, guess), factor
 
 
 @triton.jit
 def quantize_values(x, divisor, reciprocal, factor):
-    """``e2m1 * sf`` in fp32 of values under their block's :func:`block_scales`, broadcastable against ``x``.
+    """``e2m1 * sf`` in fp32 of values under their block's :func:`block_scales` or :func:`block_terms`, broadcastable
+    against ``x``.
 
-    For bf16 values and global scales of at least 2^-100, as all that come from data are: under smaller ones the
-    remainder in :func:`divide_by` is subnormal, and a value next to a midpoint may take the other code.
+    For bf16 values and global scales of at least 2^-92, or of at least 2^-100 and from data: under others the remainder
+    in :func:`divide_by` is subnormal, and a value next to a midpoint may take the other code.
     """
     value = round_e2m1(divide_by(tl.abs(x), divisor, reciprocal)) * factor
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
