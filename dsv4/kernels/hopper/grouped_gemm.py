@@ -283,6 +283,12 @@ class GroupedGemm(MainLoops, TileEnd):
             if tidx < width:
                 if cutlass.const_expr(not cfg.gated or cfg.weighted):
                     slot = ptx.load_i32(row_slot + Int64(row + tidx) * 4)
+                    if cutlass.const_expr(cfg.weighted):
+                        # Whose results are images needs no slots: a row's weight stands in the place of its slot.
+                        weight = Float32(0.0)
+                        if slot >= 0:
+                            weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
+                        slot = weight.bitcast(Int32)
                 if cutlass.const_expr(cfg.row_scale):
                     factor = ptx.load_f32(row_scale + Int64(row + tidx) * 4)
                 elif cutlass.const_expr(not cfg.gated):
@@ -311,13 +317,12 @@ class GroupedGemm(MainLoops, TileEnd):
                     rows = place * groups + group
                     if cutlass.const_expr(cfg.requantized):
                         self.write_requantized(
-                            result, tokens, narrower, row, width, rows, expert, at, tables, gs, topk_weights, out,
-                            n_tiles, limit, result_gs,
+                            result, tokens, narrower, row, width, rows, expert, at, tables, gs, out, n_tiles,
+                            limit, result_gs,
                         )  # fmt: skip
                     else:
                         self.write(
-                            result, tokens, narrower, row, width, rows, expert, at, gs, topk_weights, out, n_tiles,
-                            limit,
+                            result, tokens, narrower, row, width, rows, expert, at, gs, out, n_tiles, limit,
                         )  # fmt: skip
                 narrower = tokens
             table ^= 1

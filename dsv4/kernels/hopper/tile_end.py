@@ -6,7 +6,7 @@ A thread has two rows of 64 weights, two tokens of every eight: of a gated produ
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass import Float32, Int64, Uint32, cute
 
 from dsv4.kernels.cutedsl import ptx
 from dsv4.kernels.cutedsl.epilogue import block_terms, pair_maxima, quantized_pair, swiglu
@@ -23,8 +23,8 @@ class TileEnd:
 
     @cute.jit
     def write(
-        self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, gs,
-        topk_weights, out, n_tiles, limit,
+        self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, gs, out,
+        n_tiles, limit,
     ):  # fmt: skip
         """The end of a tile of ``width`` rows, more than ``narrower`` and up to ``tokens``: eight after the other."""
         cfg = self.config
@@ -32,19 +32,19 @@ class TileEnd:
             values = [acc[4 * n + i] for i in range(4)]
             if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:
                 if cutlass.const_expr(cfg.gated):
-                    self.write_image(values, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit)
+                    self.write_image(values, n, row, width, rows, expert, table, gs, out, n_tiles, limit)
                 else:
                     self.write_rows(values, n, rows, expert, table, gs, out, n_tiles)
 
     @cute.jit
-    def write_image(self, acc, n, row, width, rows, expert, table, gs, topk_weights, out, n_tiles, limit):
+    def write_image(self, acc, n, row, width, rows, expert, table, gs, out, n_tiles, limit):
         """SwiGLU's result, as the image of the next product."""
         tidx, _, _ = cute.arch.thread_idx()
         lane, warp = tidx % 32, (tidx // 32) % 4
         gate_gs = ptx.load_f32(gs + Int64(expert) * 8) * _UNSCALE
         up_gs = ptx.load_f32(gs + Int64(expert) * 8 + 4) * _UNSCALE
         block, chunk = self.image_block(warp, row, width, rows, out, n_tiles)
-        word = self.activated(lane, acc, n, gate_gs, up_gs, table, topk_weights, limit)
+        word = self.activated(lane, acc, n, gate_gs, up_gs, table, limit)
         ptx.store_b32(self.pair_place(lane, block, chunk, n), word)
 
     @cute.jit
@@ -62,30 +62,26 @@ class TileEnd:
         return block + Int64(at * 128 + ((chunk ^ (at % 8)) * 16) + (lane % 4) * 4)
 
     @cute.jit
-    def activated(self, lane, acc, n, gate_gs, up_gs, table, topk_weights, limit):
+    def activated(self, lane, acc, n, gate_gs, up_gs, table, limit):
         """SwiGLU of gate (the thread's upper row) and up (its lower one), of eight tokens, each a chunk of a warp: the
         lane's pair of token ``lane // 4``."""
         cfg = self.config
         values = []
         for j in cutlass.range_constexpr(2):
             gate, up = acc[j] * gate_gs, acc[2 + j] * up_gs
-            slot = Int32(-1)
             if cutlass.const_expr(cfg.row_scale or cfg.weighted):
-                slot, factor = ptx.shared_pair(table + (n * 8 + 2 * (lane % 4) + j) * 8)
+                weight, factor = ptx.shared_pair(table + (n * 8 + 2 * (lane % 4) + j) * 8)
                 gate, up = gate * factor, up * factor
             value = swiglu(gate, up, limit if cfg.limited else None)
             if cutlass.const_expr(cfg.weighted):
-                weight = Float32(0.0)
-                if slot >= 0:
-                    weight = ptx.load_f32(topk_weights + Int64(slot) * 4)
-                value = value * weight
+                value = value * weight.bitcast(Float32)
             values.append(value)
         return ptx.transpose_8x8(ptx.pack_bf16x2(values[0], values[1]))
 
     @cute.jit
     def write_requantized(
         self, acc, tokens: cutlass.Constexpr, narrower: cutlass.Constexpr, row, width, rows, expert, table, tables, gs,
-        topk_weights, out, n_tiles, limit, result_gs,
+        out, n_tiles, limit, result_gs,
     ):  # fmt: skip
         """The end of a tile whose result is quantized.
 
@@ -114,7 +110,7 @@ class TileEnd:
         for n in cutlass.range_constexpr(eights):
             values = [acc[4 * n + i] for i in range(4)]
             if cutlass.const_expr(n * 8 <= narrower) or n * 8 < width:
-                words[n] = self.activated(lane, values, n, gate_gs, up_gs, table, topk_weights, limit)
+                words[n] = self.activated(lane, values, n, gate_gs, up_gs, table, limit)
             if cutlass.const_expr(n % 2 == 1 or n + 1 == eights):
                 ptx.shared_store_word(own + n // 2 * 1024, pair_maxima(words[n & ~1], words[n | 1]))
         reciprocal_gs = ptx.divide(1.0, next_gs)
