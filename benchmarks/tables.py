@@ -199,6 +199,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench:h200_v4_flash_hopper": ("h200_v4_flash_hopper.json", gpu_layer_table),
     "bench:h200_v4_flash_hopper_zipf": ("h200_v4_flash_hopper_zipf.json", gpu_layer_table),
     "bench:h200_v4_pro_hopper": ("h200_v4_pro_hopper.json", gpu_layer_table),
+    "bench:h200_v4_pro_hopper_8192": ("h200_v4_pro_hopper_8192.json", gpu_layer_table),
     "bench:h200_v4_pro_hopper_zipf": ("h200_v4_pro_hopper_zipf.json", gpu_layer_table),
     "bench:h200_vllm_layers": ("h200_vllm_layers.json", vllm_layers_table),
     "bench:h200_vllm_generate": ("h200_vllm_generate.json", vllm_generate_table),
