@@ -10,17 +10,16 @@ pytest.importorskip("triton")
 from dsv4.nvfp4 import block_codes, decode_e2m1, finite_row_amax, global_scale
 from dsv4.ops.routing import local_expert_ids
 from dsv4.ops.routing import route as route_twin
-from kernels.hard_blocks import all_ones, below_powers, blocks, ties
+from kernels.triton_blocks import DATA, TERMS, check_quantized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 if torch.cuda.is_available():
-    from dsv4.kernels.triton import numerics, packing, stages
+    from dsv4.kernels.triton import packing, stages
     from dsv4.kernels.triton.routing import route
     from dsv4.kernels.triton.stages import ScaleSource
     from dsv4.kernels.triton.weight_layout import Matrix
     from kernels.row_groups import assert_filled, expected, poisoned_buffers
-    from kernels.triton_blocks import check_quantized
 
 DEVICE = torch.device("cuda")
 
@@ -100,12 +99,12 @@ def hard_rows(rows: int, k: int, seed: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("terms", ["block_scales", "block_terms"])
-@pytest.mark.parametrize("data", [blocks, ties, below_powers, all_ones])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("data", DATA)
 def test_quantized_blocks_are_the_twins_values(data, terms):
     """Blocks that saturate, vanish, lie on ties or an ulp below a power of two, steps of ones alone: ``e2m1 * sf`` is
     the torch twin's, signs included, by both ways to a block's scale."""
-    check_quantized(data, getattr(numerics, terms), DEVICE)
+    check_quantized(data, terms, DEVICE)
 
 
 @pytest.mark.parametrize("k", [16, 48, 256, 2048, 7168])

@@ -72,6 +72,14 @@ def block_scale(amax, gs):
 
 
 @triton.jit
+def _divisor_and_factor(sf, gs):
+    """See :func:`block_scales`: of a block scale, NaN if its block is not finite."""
+    step = sf * gs
+    usable = (step > 0) & (step < float("inf"))
+    return tl.where(usable, step, 1.0), tl.where(usable | (sf != sf), sf, 0.0)
+
+
+@triton.jit
 def block_scales(amax, gs):
     """What a block whose :func:`largest_magnitude` is ``amax`` is quantized with under ``gs``, of any shape.
 
@@ -79,11 +87,7 @@ def block_scales(amax, gs):
         ``(divisor, reciprocal, factor)``: codes are magnitudes over ``divisor``, whose reciprocal stands beside it, and
         are decoded by ``factor``: the block scale, 0 for a block that keeps no codes, NaN for a non-finite one.
     """
-    sf = block_scale(amax, gs)
-    step = sf * gs
-    usable = (step > 0) & (step < float("inf"))
-    divisor = tl.where(usable, step, 1.0)
-    factor = tl.where(usable | (sf != sf), sf, 0.0)
+    divisor, factor = _divisor_and_factor(block_scale(amax, gs), gs)
     return divisor, tl.div_rn(1.0, divisor), factor
 
 
@@ -101,10 +105,7 @@ def block_terms(amax, gs):
     wanted = tl.minimum(sixth * reciprocal_gs, 512.0)
     wanted = tl.fma(tl.fma(-wanted, gs, sixth), reciprocal_gs, wanted)
     sf = tl.where(amax < float("inf"), round_e4m3(tl.minimum(wanted, 448.0)), float("nan"))
-    step = sf * gs
-    usable = (step > 0) & (step < float("inf"))
-    divisor = tl.where(usable, step, 1.0)
-    factor = tl.where(usable | (sf != sf), sf, 0.0)
+    divisor, factor = _divisor_and_factor(sf, gs)
     # The instructions of rcp.rn for normal numbers: ``/`` is an approximation, mended by one step of Newton's.
     guess = 1.0 / divisor
     return divisor, tl.fma(tl.fma(-divisor, guess, 1.0), guess, guess), factor
